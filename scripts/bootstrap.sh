@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the extras named (default: service,training), pinned by requirements/constraints.txt.
+# Does nothing when the same extras of the same pins are already there. Settings: PYTHON, VENV, TORCH_BACKEND (cpu, auto, cu130 …).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-service,training}
+VENV=${VENV:-.venv}
+RECBOLE=1.2.1 # carries MovieLens-100K, the demo's data; installed without its dependencies
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+# A version manager may put a `python3.12` on the PATH that refuses to run: only an answer counts.
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.11 python3.12 python}; do
+    if supported "$candidate"; then command -v "$candidate"; return; fi
+  done
+  die "no Python 3.11 or 3.12 found (looked for: ${PYTHON:-python3 python3.11 python3.12 python}). Debian 12: apt-get install python3 python3-venv. Ubuntu 24.04: the same. Or set PYTHON=/path/to/python3.11."
+}
+
+installed_with() { cat "$VENV/.sidrec-$1" 2>/dev/null || true; }
+fingerprint=$(cat pyproject.toml requirements/constraints.txt scripts/bootstrap.sh | sha256sum | cut -c1-16)
+for done_extras in "$extras" dev; do # dev holds everything
+  [ "$(installed_with "$done_extras")" = "$fingerprint" ] && "$VENV/bin/python" -c '' 2>/dev/null && exit 0
+done
+
+if ! "$VENV/bin/python" -c '' 2>/dev/null; then
+  python=$(find_python)
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || die "$python has no venv module. Install it: apt-get install python3-venv (or python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv)."
+  say "Creating $VENV with $("$python" --version) …"
+  "$python" -m venv --clear "$VENV"
+fi
+supported "$VENV/bin/python" || die "$VENV holds $("$VENV/bin/python" --version), but Python 3.11 or 3.12 is needed. Remove it (rm -rf $VENV) or set VENV=another-folder."
+
+py=$VENV/bin/python
+uv() { "$VENV/bin/uv" "$@"; }
+"$py" -m pip install --quiet --disable-pip-version-check "uv==$(sed -n 's/^uv==//p' requirements/constraints.txt)"
+
+# torch: the CPU build (0.2 GB) wherever one can be had (pip's own configured sources, then the CPU index); the package
+# registry's build (3 GB, with GPU libraries) otherwise. All three compute the same on a CPU.
+torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+if [ "$("$py" -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' 2>/dev/null)" != "$torch" ]; then
+  backend=${TORCH_BACKEND:-cpu}
+  say "Installing $torch ($backend) …"
+  { [ "$backend" = cpu ] && "$py" -m pip install --quiet --disable-pip-version-check "$torch+cpu" 2>/dev/null; } \
+    || UV_HTTP_RETRIES=0 UV_HTTP_CONNECT_TIMEOUT=5 uv pip install --quiet --python "$py" --torch-backend="$backend" "$torch" 2>/dev/null \
+    || { say "  no separate $backend build within reach: taking the registry's (about 3 GB)"; uv pip install --quiet --python "$py" "$torch"; }
+fi
+
+say "Installing sidrec[$extras] …"
+uv pip install --quiet --python "$py" --compile-bytecode --constraint requirements/constraints.txt --editable ".[$extras]"
+case $extras in
+  *training*|dev) uv pip install --quiet --python "$py" --no-deps "recbole==$RECBOLE" ;;
+esac
+printf '%s' "$fingerprint" > "$VENV/.sidrec-$extras"
