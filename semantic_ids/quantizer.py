@@ -1,0 +1,106 @@
+"""Item vector → SID, in numpy, from what the bundle carries: how an item added next week gets its SID."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from semantic_ids.codes import Codes, SidError, SidSpace
+from semantic_ids.columns import map_array, save_array
+from semantic_ids.trie import SidTrie, UnknownPrefixError
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ResidualQuantizer:
+    """Standardise, then at each level take the nearest code to what the levels before left over."""
+
+    mean: npt.NDArray[np.float32]  # (D,)
+    scale: npt.NDArray[np.float32]  # (D,) standard deviations
+    codebooks: npt.NDArray[np.float32]  # (L, K, D)
+
+    @property
+    def space(self) -> SidSpace:
+        """The SIDs that this quantiser writes."""
+        return SidSpace(self.codebooks.shape[0], self.codebooks.shape[1])
+
+    def standardise(self, vectors: Vectors) -> Vectors:
+        """Per-dimension zero mean and unit variance, by the training catalogue's statistics."""
+        if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
+            raise SidError(f"vectors have shape {vectors.shape}; this quantiser takes (N, {len(self.mean)})")
+        return (vectors - self.mean) / self.scale
+
+    def encode(self, vectors: Vectors, batch: int = 8192) -> Codes:
+        """Nearest codes, level by level, (N, D) → (N, L). Different items may get one SID."""
+        codes = np.empty((len(vectors), self.space.num_levels), np.uint16)
+        for start in range(0, len(vectors), batch):
+            residual = self.standardise(vectors[start : start + batch])
+            for level, codebook in enumerate(self.codebooks):
+                nearest = squared_distances(residual, codebook).argmin(axis=1)
+                codes[start : start + batch, level] = nearest
+                residual = residual - codebook[nearest]
+        return codes
+
+    def assign_new(self, vectors: Vectors, taken: SidTrie) -> Codes:
+        """SIDs for new items (M, D) → (M, L) that no item of `taken`, nor another of the new ones, has.
+
+        The first L-1 codes are the nearest ones; the last is the nearest that is still free under them. A prefix that
+        is full passes on to the nearest other (L-1)th code.
+        """
+        codes = self.encode(vectors)
+        given: set[tuple[int, ...]] = set()
+        for row, vector in enumerate(self.standardise(vectors)):
+            codes[row] = self._nearest_free(vector, codes[row], taken, given)
+            given.add(tuple(int(code) for code in codes[row]))
+        return codes
+
+    def _nearest_free(self, vector: Vectors, nearest: Codes, taken: SidTrie, given: set[tuple[int, ...]]) -> Codes:
+        last = self.space.num_levels - 1
+        residual = vector
+        for level in range(last - 1):
+            residual = residual - self.codebooks[level][nearest[level]]
+        parents = (
+            [None]
+            if last == 0
+            else np.argsort(squared_distances(residual[None], self.codebooks[last - 1])[0], kind="stable")
+        )
+        for parent in parents:
+            prefix = tuple(int(code) for code in nearest[: max(last - 1, 0)])
+            rest = residual
+            if parent is not None:
+                prefix += (int(parent),)
+                rest = residual - self.codebooks[last - 1][parent]
+            for code in np.argsort(squared_distances(rest[None], self.codebooks[last])[0], kind="stable"):
+                sid = (*prefix, int(code))
+                if sid not in given and not _is_taken(taken, sid):
+                    return np.array(sid, np.uint16)
+        raise SidError(f"no SID is free under the prefix {list(nearest[: max(last - 1, 0)])}: train a larger codebook")
+
+    def save(self, folder: Path) -> None:
+        """Write `mean`, `scale` and `codebooks`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("mean", "scale", "codebooks"):
+            save_array(folder, name, getattr(self, name))
+
+    @classmethod
+    def load(cls, folder: Path) -> "ResidualQuantizer":
+        """Map a saved quantiser."""
+        return cls(*(map_array(folder, name) for name in ("mean", "scale", "codebooks")))
+
+
+def squared_distances(vectors: Vectors, codebook: Vectors) -> npt.NDArray[np.float32]:
+    """‖v - e‖² for every pair, (N, D), (K, D) → (N, K)."""
+    distances: npt.NDArray[np.float32] = (
+        (vectors**2).sum(axis=1)[:, None] - 2.0 * vectors @ codebook.T + (codebook**2).sum(axis=1)[None]
+    )
+    return distances
+
+
+def _is_taken(trie: SidTrie, sid: tuple[int, ...]) -> bool:
+    try:
+        trie.walk(sid)
+    except UnknownPrefixError:
+        return False
+    return True
