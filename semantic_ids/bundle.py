@@ -252,7 +252,8 @@ def _read_manifest(path: Path) -> Manifest:
         ) from error
     if manifest.to_bytes() != content or manifest.bundle_id != path.name:
         raise BundleError(
-            f"bundle {path.name}: {MANIFEST} was changed after publication, or its folder renamed: publish it again or roll back"
+            f"bundle {path.name}: {MANIFEST} was changed after publication, or its folder renamed: "
+            "publish it again or roll back"
         )
     return manifest
 
@@ -274,7 +275,8 @@ def _verify_model_vocabulary(path: Path, vocabulary: SidVocabulary) -> None:
     config = json.loads((path / "model" / "config.json").read_text(encoding="utf-8"))
     if config.get("vocab_size") != vocabulary.vocab_size:
         raise BundleError(
-            f"bundle {path.name}: its model has a vocabulary of {config.get('vocab_size')}, its manifest says {vocabulary.vocab_size}"
+            f"bundle {path.name}: its model has a vocabulary of {config.get('vocab_size')}, "
+            f"its manifest says {vocabulary.vocab_size}"
         )
 
 

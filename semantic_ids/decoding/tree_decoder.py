@@ -1,0 +1,99 @@
+"""A transformers causal LM over many continuations of one prompt, with the prompt's keys and values held once.
+
+All beams of a request are one sequence to the model. A new token is appended to the cache like any other, and a mask
+says which cache slots it sees: its prompt and its own ancestors. So choosing beams moves no cache: a beam is a row of
+the mask.
+
+    slots     p p p p p | a1 a2 a3 | b1 b2           b1 continues a3, b2 continues a1
+    a2 sees   x x x x x |    x     |
+    b1 sees   x x x x x |       x  | x
+    b2 sees   x x x x x | x        |    x
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+
+from semantic_ids.codes import SidError, SidVocabulary, TokenIds
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """R open continuations of each of B prompts."""
+
+    visible: Tensor  # (B, R, slots so far) bool
+    next_position: Tensor  # (B, R)
+
+
+class TreeState:
+    """The cache that a batch of prompts and all their continuations share."""
+
+    def __init__(self, cache: DynamicCache, root: TreeRows, last_hidden: Tensor) -> None:
+        self.cache = cache
+        self.root = root  # R = 1: each prompt itself
+        self.last_hidden = last_hidden  # (B, 1, D)
+
+
+class TreeDecoder:
+    """Runs prompts and tree-shaped continuations of one model. Not thread-safe; no gradient."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: SidVocabulary, pad_token_id: int = 0) -> None:
+        size = model.config.get_text_config().vocab_size
+        if size != vocabulary.vocab_size:
+            raise SidError(f"the model's vocabulary of {size} is not the SID vocabulary's {vocabulary.vocab_size}")
+        self.model = model.train(False)
+        self.vocabulary = vocabulary
+        self._pad_token_id = pad_token_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[TokenIds]) -> TreeState:
+        """Run B prompts of any lengths."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        longest = int(lengths.max())
+        token_ids = torch.full((len(prompts), longest), self._pad_token_id)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : len(prompt)] = torch.from_numpy(prompt)
+        # Padding is on the right, behind every real token, so the plain causal mask is already right.
+        cache = DynamicCache(config=self.model.config)
+        output = self.model.base_model(input_ids=token_ids.to(self.device), past_key_values=cache, use_cache=True)
+        rows = torch.arange(len(prompts), device=self.device)
+        last_hidden = output.last_hidden_state[rows, lengths - 1][:, None]  # (B, 1, D)
+        visible = torch.arange(longest, device=self.device)[None, None] < lengths[:, None, None]
+        return TreeState(cache, TreeRows(visible, lengths[:, None]), last_hidden)
+
+    @torch.inference_mode()
+    def extend(self, state: TreeState, rows: TreeRows, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, TreeRows]:
+        """Append a token to each chosen row: parents (B, R'), token_ids (B, R') → hidden (B, R', D), the new rows."""
+        num_prompts, num_new = token_ids.shape
+        num_slots = state.cache.get_seq_length()
+        visible = functional.pad(rows.visible, (0, num_slots - rows.visible.shape[-1]))
+        visible = visible.gather(1, parents[..., None].expand(-1, -1, num_slots))
+        itself = torch.eye(num_new, dtype=torch.bool, device=self.device).expand(num_prompts, -1, -1)
+        visible = torch.cat((visible, itself), dim=-1)  # (B, R', slots + R')
+        position = rows.next_position.gather(1, parents)
+        output = self.model.base_model(
+            input_ids=token_ids,
+            attention_mask=visible[:, None],
+            position_ids=position,
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, TreeRows(visible, position + 1)
+
+    @torch.inference_mode()
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """The K logits of one level, (M, D) → (M, K): only that block of the output matrix is read."""
+        head = self.model.get_output_embeddings()
+        block = self.vocabulary.block(level)
+        bias = head.bias[block] if getattr(head, "bias", None) is not None else None
+        return functional.linear(hidden, head.weight[block], bias)
