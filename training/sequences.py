@@ -1,5 +1,6 @@
 """User sequences as two flat arrays, the form in which every stage reads interactions."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,9 @@ class Sequences:
 
     def __getitem__(self, user: int) -> npt.NDArray[np.int32]:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int32]]:
+        return (self[user] for user in range(len(self)))
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

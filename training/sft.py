@@ -1,0 +1,387 @@
+"""Stage `sft`: teach a causal LM to write the next item's SID, on whole user sequences with a loss at every item.
+
+From scratch (a small Llama or Qwen3 over SID tokens, compact prompts) or from a pretrained checkpoint (its vocabulary
+extended by the SID block, chat prompts). The loss is the negative score that serving uses: per code, the log-softmax
+over the legal codes of its prefix, so what is trained is exactly the likelihood of the item.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from semantic_ids.bundle import FileTokenizer
+from semantic_ids.catalog import Catalog
+from semantic_ids.codes import SidVocabulary
+from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
+from semantic_ids.prompt import (
+    CHAT_VERSION,
+    COMPACT_SPECIAL_TOKENS,
+    COMPACT_VERSION,
+    HistoryItem,
+    PromptRenderer,
+    PromptSpec,
+    TextTokenizer,
+    make_renderer,
+    window_start,
+)
+from semantic_ids.trie import ROOT
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.sequences import Sequences
+from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+
+CHECKPOINT = "checkpoint.pt"
+MODEL = "model"
+SPEC = "prompt.json"
+
+_PAD_TOKEN_ID = COMPACT_SPECIAL_TOKENS.index("<pad>")
+_BATCHES_PER_BUCKET = 20  # rows of like length share a batch; lengths are compared within so many batches
+
+
+class SftConfig(StageConfig):
+    """The model and how it is trained."""
+
+    base_model: str | None = Field(None, description="a checkpoint's folder or hub name; absent: from scratch")
+    architecture: Literal["llama", "qwen3"] = "llama"
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 384
+    dropout: float = Field(0.2, ge=0, lt=1, description="of embeddings and of each block's output; not for base_model")
+    max_history: PositiveInt = Field(50, description="most items in a prompt")
+    batch_size: PositiveInt = 32
+    max_epochs: PositiveInt = 30
+    patience: PositiveInt = Field(4, description="epochs without a better validation loss before it stops")
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass (autocast)")
+    threads: PositiveInt = 2
+    seed: int = Field(0, ge=0)
+
+
+class SftSummary(Summary):
+    """How training went; log-likelihoods are nats per item over the legal codes."""
+
+    num_parameters: int
+    epochs: int
+    best_epoch: int
+    train_log_likelihood: float
+    validation_log_likelihood: float
+    tokens_per_s: float
+    seconds: float
+
+
+def run(
+    config: SftConfig,
+    catalog: Catalog,
+    train: Sequences,
+    validation: tuple[Sequences, npt.NDArray[np.int32]],
+    folder: StageFolder,
+) -> SftSummary:
+    """Train, keep the epoch with the best validation loss, write a transformers checkpoint into `model/`.
+
+    Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit.
+    """
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model, vocabulary, renderer = build_model(config, catalog, folder.path)
+    examples = Examples(catalog, vocabulary, renderer)
+    batches_per_epoch = len(list(epoch_batches(train, config, epoch=0)))
+    total_steps = batches_per_epoch * config.max_epochs
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
+    )
+    state = load_checkpoint(folder.path / CHECKPOINT, model=model, optimizer=optimizer, scheduler=schedule)
+    progress = state.extra if state else {"best": -math.inf, "best_epoch": 0, "train": 0.0, "tokens": 0, "seconds": 0.0}
+    first_epoch = state.step if state else 0
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    with progress_bar(
+        f"sft: {num_parameters / 1e6:.1f}M parameters", total_steps, first_epoch * batches_per_epoch
+    ) as bar:
+        epoch = first_epoch
+        while epoch < config.max_epochs and epoch - progress["best_epoch"] < config.patience:
+            start, tokens, total, num_items = time.monotonic(), 0, 0.0, 0
+            model.train()
+            for windows in epoch_batches(train, config, epoch):
+                batch = examples.batch(windows)
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                    log_likelihood = item_log_likelihood(model, catalog, vocabulary, batch)  # (items,)
+                loss = -log_likelihood.mean()
+                if not torch.isfinite(loss):
+                    raise StageError(
+                        f"the loss is {loss.item()} in epoch {epoch + 1}: "
+                        f"lower sft.learning_rate (now {config.learning_rate})"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                tokens += int(batch.token_ids.numel())
+                total, num_items = total - float(loss.detach()) * len(log_likelihood), num_items + len(log_likelihood)
+                bar.advance()
+            epoch += 1
+            validated = mean_target_log_likelihood(model, examples, validation, config)
+            progress |= {"train": total / num_items, "tokens": progress["tokens"] + tokens}
+            progress["seconds"] += time.monotonic() - start
+            if validated > progress["best"]:
+                progress |= {"best": validated, "best_epoch": epoch}
+                _save_model(model, folder.path / MODEL)
+            save_checkpoint(
+                folder.path / CHECKPOINT,
+                model=model,
+                optimizer=optimizer,
+                scheduler=schedule,
+                step=epoch,
+                extra=progress,
+            )
+            bar.note(f"epoch {epoch}: {-progress['train']:.3f} train, {-validated:.3f} validation nats/item")
+    write_atomically(folder.path / SPEC, renderer.spec.model_dump_json().encode())
+    (folder.path / CHECKPOINT).unlink(missing_ok=True)
+    summary = SftSummary(
+        num_parameters=num_parameters,
+        epochs=epoch,
+        best_epoch=progress["best_epoch"],
+        train_log_likelihood=progress["train"],
+        validation_log_likelihood=progress["best"],
+        tokens_per_s=progress["tokens"] / max(progress["seconds"], 1e-9),
+        seconds=progress["seconds"],
+    )
+    folder.finish(summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of token ids, padded on the right, with every item that is a target."""
+
+    token_ids: Tensor  # (B, T)
+    ranks: npt.NDArray[np.int64]  # (items,) catalogue rank of each target item
+    positions: Tensor  # (items, L): positions whose output predicts each code
+    rows: Tensor  # (items,)
+
+
+class Examples:
+    """Windows of sequences → batches, through the one prompt renderer."""
+
+    def __init__(self, catalog: Catalog, vocabulary: SidVocabulary, renderer: PromptRenderer) -> None:
+        self.catalog = catalog
+        self.vocabulary = vocabulary
+        self.renderer = renderer
+        self._items = [
+            HistoryItem(codes, title) for codes, title in zip(np.asarray(catalog.codes), catalog.titles, strict=True)
+        ]
+
+    def batch(self, windows: Sequences, *, last_only: bool = False) -> Batch:
+        """All items of each window as targets, or only the last."""
+        rendered = [self.renderer.training_row([self._items[rank] for rank in window]) for window in windows]
+        token_ids = np.full((len(rendered), max(len(row.token_ids) for row in rendered)), _PAD_TOKEN_ID)
+        num_levels = self.vocabulary.space.num_levels
+        rows, positions, ranks = [], [], []
+        for number, (row, window) in enumerate(zip(rendered, windows, strict=True)):
+            token_ids[number, : len(row.token_ids)] = row.token_ids
+            places = np.flatnonzero(row.levels >= 0).reshape(-1, num_levels) - 1  # the output before predicts
+            first = len(places) - 1 if last_only else 0
+            positions.append(places[first:])
+            rows.append(np.full(len(places) - first, number))
+            ranks.append(window[first:])
+        return Batch(
+            token_ids=torch.from_numpy(token_ids),
+            ranks=np.concatenate(ranks).astype(np.int64),
+            positions=torch.from_numpy(np.concatenate(positions)),
+            rows=torch.from_numpy(np.concatenate(rows)),
+        )
+
+
+def item_log_likelihood(model: PreTrainedModel, catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
+    """Score of each target item, (items,): the sum over levels of its code's log-probability among the legal codes."""
+    hidden = model.base_model(inputs_embeds=_embed(model, batch.token_ids), use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    codes = torch.from_numpy(catalog.codes[batch.ranks].astype(np.int64))  # (items, L)
+    path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
+    total = torch.zeros(len(codes))
+    for level in range(vocabulary.space.num_levels):
+        prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
+        distinct, place = np.unique(prefix, return_inverse=True)
+        mask = LegalCodes.of(catalog.trie, distinct, hidden.device).mask[torch.from_numpy(place)]  # (items, K)
+        logits = functional.linear(hidden[batch.rows, batch.positions[:, level]], head.weight[vocabulary.block(level)])
+        total = total + legal_log_softmax(logits, mask).gather(1, codes[:, level : level + 1])[:, 0]
+    return total
+
+
+@torch.inference_mode()
+def mean_target_log_likelihood(
+    model: PreTrainedModel, examples: Examples, split: tuple[Sequences, npt.NDArray[np.int32]], config: SftConfig
+) -> float:
+    """Mean score of the split's targets after the prompts that serving would make."""
+    model.train(False)
+    histories, targets = split
+    windows = prompt_windows(histories, targets, examples.renderer.spec.max_history)
+    total = 0.0
+    for users in np.array_split(
+        np.argsort(windows.lengths, kind="stable"), max(1, -(-len(windows) // config.batch_size))
+    ):
+        batch = examples.batch(windows.select(users), last_only=True)
+        total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
+    return total / len(windows)
+
+
+def prompt_windows(histories: Sequences, targets: npt.NDArray[np.int32], max_history: int) -> Sequences:
+    """Each history cut as serving cuts it, with the target behind it."""
+    start = np.array([window_start(int(length), max_history - 1) for length in histories.lengths], np.int64)
+    cut = histories.slice_each(start, histories.lengths)
+    items = np.insert(cut.items, cut.offsets[1:], targets)
+    return Sequences(cut.offsets + np.arange(len(cut.offsets)), items.astype(np.int32))
+
+
+def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[Sequences]:
+    """Every event of every sequence once, in windows of at most `max_history` items cut at a random phase.
+
+    A pure function of (seed, epoch). Rows of like length share a batch.
+    """
+    rng = np.random.default_rng((config.seed, epoch))
+    users, starts, stops = [], [], []
+    for user, length in enumerate(train.lengths):
+        phase = int(rng.integers(config.max_history)) if length > config.max_history else 0
+        edges = [0, *range(phase or config.max_history, int(length), config.max_history), int(length)]
+        users += [user] * (len(edges) - 1)
+        starts += edges[:-1]
+        stops += edges[1:]
+    windows = train.select(np.array(users, np.int64)).slice_each(np.array(starts, np.int64), np.array(stops, np.int64))
+    order = rng.permutation(np.flatnonzero(windows.lengths > 0))
+    batches = []
+    for bucket_start in range(0, len(order), config.batch_size * _BATCHES_PER_BUCKET):
+        bucket = order[bucket_start : bucket_start + config.batch_size * _BATCHES_PER_BUCKET]
+        bucket = bucket[np.argsort(windows.lengths[bucket], kind="stable")]
+        batches += [bucket[start : start + config.batch_size] for start in range(0, len(bucket), config.batch_size)]
+    for place in rng.permutation(len(batches)):
+        yield windows.select(batches[place])
+
+
+def build_model(
+    config: SftConfig, catalog: Catalog, folder: Path
+) -> tuple[PreTrainedModel, SidVocabulary, PromptRenderer]:
+    """A fresh or extended model with its SID block and its prompts."""
+    if config.base_model is None:
+        vocabulary = compact_vocabulary(catalog)
+        model = AutoModelForCausalLM.from_config(_fresh_config(config, vocabulary))
+        _add_dropout(model, config.dropout)
+        return (
+            model,
+            vocabulary,
+            make_renderer(PromptSpec(version=COMPACT_VERSION, max_history=config.max_history), vocabulary),
+        )
+    model, vocabulary, tokenizer = extend_pretrained(config.base_model, catalog, folder)
+    renderer = make_renderer(PromptSpec(version=CHAT_VERSION, max_history=config.max_history), vocabulary, tokenizer)
+    return model, vocabulary, renderer
+
+
+def compact_vocabulary(catalog: Catalog) -> SidVocabulary:
+    """The vocabulary of a model trained from scratch: the special tokens, then the SID block."""
+    first = len(COMPACT_SPECIAL_TOKENS)
+    return SidVocabulary(catalog.space, first, first + catalog.space.num_tokens)
+
+
+def extend_pretrained(
+    name: str, catalog: Catalog, folder: Path
+) -> tuple[PreTrainedModel, SidVocabulary, TextTokenizer]:
+    """A pretrained model with the SID block appended to its vocabulary, and its tokenizer, saved into `model/` too.
+
+    New rows start at the mean of the old ones plus noise of their spread, so that no new token begins as an outlier.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"sft.base_model={name!r} cannot be loaded: {error}. Give a checkpoint folder or a hub name"
+        ) from error
+    first = max(model.config.vocab_size, len(tokenizer))
+    vocabulary = SidVocabulary(catalog.space, first, first + catalog.space.num_tokens)
+    model.resize_token_embeddings(vocabulary.vocab_size, mean_resizing=False)
+    with torch.no_grad():
+        for weight in {
+            id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        }.values():
+            old = weight[:first]
+            weight[first:] = old.mean(0) + old.std(0) * 0.5 * torch.randn_like(weight[first:])
+    (folder / MODEL).mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(folder / MODEL / "tokenizer.json"))
+    return model, vocabulary, FileTokenizer(tokenizer.backend_tokenizer)
+
+
+def _fresh_config(config: SftConfig, vocabulary: SidVocabulary) -> LlamaConfig | Qwen3Config:
+    if config.hidden_size % config.num_heads:
+        raise StageError(f"sft.hidden_size={config.hidden_size} is not a multiple of sft.num_heads={config.num_heads}")
+    kind = LlamaConfig if config.architecture == "llama" else Qwen3Config
+    longest = 1 + (config.max_history + 1) * vocabulary.space.num_levels
+    return kind(
+        vocab_size=vocabulary.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_position_embeddings=1 << (longest - 1).bit_length(),
+        tie_word_embeddings=False,
+        pad_token_id=_PAD_TOKEN_ID,
+        bos_token_id=COMPACT_SPECIAL_TOKENS.index("<bos>"),
+        eos_token_id=COMPACT_SPECIAL_TOKENS.index("<eos>"),
+    )
+
+
+def _add_dropout(model: PreTrainedModel, share: float) -> None:
+    """Dropout on every attention and MLP output. Hooks, so that the checkpoint stays a plain Llama or Qwen3."""
+
+    def drop(module: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        if isinstance(output, tuple):
+            return functional.dropout(output[0], share, module.training), *output[1:]
+        return functional.dropout(output, share, module.training)
+
+    for layer in model.base_model.layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+    model.get_input_embeddings().register_forward_hook(drop)
+
+
+def _embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    embedded: Tensor = model.get_input_embeddings()(token_ids.to(model.device))
+    return embedded
+
+
+def _parameter_groups(model: PreTrainedModel, config: SftConfig) -> list[dict[str, object]]:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _warmup_cosine(step: int, total: int, warmup_share: float) -> float:
+    warmup = max(1, round(total * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def _save_model(model: PreTrainedModel, path: Path) -> None:
+    staging = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    if path.exists():
+        shutil.copytree(path, staging)  # the tokenizer, if there is one
+    model.save_pretrained(staging)
+    shutil.rmtree(path, ignore_errors=True)
+    staging.rename(path)
