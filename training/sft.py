@@ -5,6 +5,7 @@ extended by the SID block, chat prompts). The loss is the negative score that se
 over the legal codes of its prefix, so what is trained is exactly the likelihood of the item.
 """
 
+import json
 import math
 import shutil
 import time
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from semantic_ids.bundle import FileTokenizer
+from semantic_ids.bundle import FileTokenizer, load_text_tokenizer
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
@@ -84,11 +85,40 @@ class SftSummary(Summary):
     seconds: float
 
 
+@dataclass(frozen=True)
+class TargetSplit:
+    """Histories with the item to predict after each, in catalogue ranks."""
+
+    histories: Sequences
+    targets: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished stage: the checkpoint, its SID block and its prompts."""
+
+    folder: Path
+    vocabulary: SidVocabulary
+    renderer: PromptRenderer
+
+    @classmethod
+    def load(cls, path: Path, catalog: Catalog) -> "TrainedModel":
+        """Read a finished sft stage."""
+        spec = PromptSpec.model_validate_json((path / SPEC).read_bytes())
+        vocab_size = json.loads((path / MODEL / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        vocabulary = SidVocabulary(catalog.space, vocab_size - catalog.space.num_tokens, vocab_size)
+        return cls(path / MODEL, vocabulary, make_renderer(spec, vocabulary, load_text_tokenizer(path / MODEL)))
+
+    def load_model(self) -> PreTrainedModel:
+        """The model in float32."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+
+
 def run(
     config: SftConfig,
     catalog: Catalog,
     train: Sequences,
-    validation: tuple[Sequences, npt.NDArray[np.int32]],
+    validation: TargetSplit,
     folder: StageFolder,
 ) -> SftSummary:
     """Train, keep the epoch with the best validation loss, write a transformers checkpoint into `model/`.
@@ -127,7 +157,7 @@ def run(
                         f"lower sft.learning_rate (now {config.learning_rate})"
                     )
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 schedule.step()
@@ -182,9 +212,7 @@ class Examples:
         self.catalog = catalog
         self.vocabulary = vocabulary
         self.renderer = renderer
-        self._items = [
-            HistoryItem(codes, title) for codes, title in zip(np.asarray(catalog.codes), catalog.titles, strict=True)
-        ]
+        self._items = history_items(catalog)
 
     def batch(self, windows: Sequences, *, last_only: bool = False) -> Batch:
         """All items of each window as targets, or only the last."""
@@ -225,12 +253,11 @@ def item_log_likelihood(model: PreTrainedModel, catalog: Catalog, vocabulary: Si
 
 @torch.inference_mode()
 def mean_target_log_likelihood(
-    model: PreTrainedModel, examples: Examples, split: tuple[Sequences, npt.NDArray[np.int32]], config: SftConfig
+    model: PreTrainedModel, examples: Examples, split: TargetSplit, config: SftConfig
 ) -> float:
     """Mean score of the split's targets after the prompts that serving would make."""
     model.train(False)
-    histories, targets = split
-    windows = prompt_windows(histories, targets, examples.renderer.spec.max_history)
+    windows = prompt_windows(split.histories, split.targets, examples.renderer.spec.max_history)
     total = 0.0
     for users in np.array_split(
         np.argsort(windows.lengths, kind="stable"), max(1, -(-len(windows) // config.batch_size))
@@ -238,6 +265,12 @@ def mean_target_log_likelihood(
         batch = examples.batch(windows.select(users), last_only=True)
         total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
     return total / len(windows)
+
+
+def history_items(catalog: Catalog) -> list[HistoryItem]:
+    """Every item as prompts show it, by rank."""
+    columns = zip(np.asarray(catalog.codes), catalog.titles, strict=True)
+    return [HistoryItem(codes, title) for codes, title in columns]
 
 
 def prompt_windows(histories: Sequences, targets: npt.NDArray[np.int32], max_history: int) -> Sequences:

@@ -16,7 +16,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 STAGE_FILE = "stage.json"
 
@@ -25,7 +33,7 @@ console = Console(stderr=True)
 
 
 class StageError(Exception):
-    """A stage cannot go on. The message says what is wrong, with the values, and what to do; the CLI prints it plain."""
+    """A stage cannot go on. The message says what is wrong, with the values, and what to do; the CLI prints it."""
 
 
 class StageConfig(BaseModel):
@@ -37,13 +45,13 @@ class StageConfig(BaseModel):
 class Summary(BaseModel):
     """Base of every stage's summary: what `--json` prints and what the table at the end shows."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
 
 class StageFolder:
     """One stage's place on disk, bound to the fingerprint of what it shall hold.
 
-    A folder left by another fingerprint is emptied; one left unfinished by the same fingerprint is kept, so that the
+    A folder of another fingerprint is emptied; one left unfinished by the same fingerprint is kept, so
     stage can resume from its own checkpoints.
     """
 

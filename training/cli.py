@@ -1,0 +1,139 @@
+"""`sidrec-train`: one command per stage, and `pipeline` for all of them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from training.stage import StageError, Summary, console
+
+if TYPE_CHECKING:
+    from training.pipeline import StageName
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Make a recommender from interactions and item texts.
+
+    `sidrec-train pipeline --data DIR --out RUN` runs everything and publishes a bundle that `sidrec-serve` serves. Every
+    stage is also a command of its own; it first runs whatever it needs that is not there yet, so any of them may be
+    called first, called again, or killed and started again.
+
+    **DIR** holds `interactions.csv` or `.parquet` (user_id, item_id, timestamp, and perhaps event_type) and `items.csv`,
+    `.jsonl` or `.parquet` (item_id, title, and perhaps categories, description, …). **RUN** is where everything goes.
+    """,
+)
+
+DataOption = Annotated[Path, typer.Option("--data", help="Folder with interactions.* and items.*", show_default=False)]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Run folder; what is finished there is not done again.", show_default=False)
+]
+ConfigOption = Annotated[str, typer.Option("--config", help="A packaged configuration (default, demo) or a YAML file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
+SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that are not valid, and list them.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings over the configuration's, such as sft.max_epochs=5.",
+        show_default=False,
+    ),
+]
+
+STAGE_HELP: dict["StageName", str] = {
+    "data": "Check interactions and items, split them by time (leave-one-out).",
+    "vectors": "Embed every item's text.",
+    "collaborative": "Train SASRec and item-kNN: the baselines, and collaborative vectors.",
+    "tokenizer": "Learn the codebooks, give every item its Semantic ID, write the catalogue.",
+    "sft": "Train the language model to write the next item's Semantic ID.",
+    "evaluate": "Rank the full catalogue for every held-out user, beside the baselines.",
+    "publish": "Write a bundle, reload it, try it, make it current.",
+}
+
+
+def _add_stage(name: "StageName") -> None:
+    @app.command(name, help=f"{STAGE_HELP[name]} A key without a stage, such as seed=1, is this stage's.")
+    def command(
+        data: DataOption,
+        out: OutOption,
+        overrides: Overrides = None,
+        config: ConfigOption = "default",
+        skip_bad_rows: SkipOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        qualified = [text if "." in text.partition("=")[0] else f"{name}.{text}" for text in overrides or []]
+        summary = _run(name, data, out, qualified, config, skip_bad_rows)[name]
+        _print_summary(name, summary, as_json)
+
+
+for _name in STAGE_HELP:
+    _add_stage(_name)
+
+
+@app.command()
+def pipeline(
+    data: DataOption,
+    out: OutOption,
+    overrides: Overrides = None,
+    config: ConfigOption = "default",
+    skip_bad_rows: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage, publish the bundle, and show what was trained (with --json: the summary of evaluate)."""
+    summaries = _run("publish", data, out, overrides or [], config, skip_bad_rows)
+    if as_json:
+        _print_summary("evaluate", summaries["evaluate"], as_json)
+        return
+    from training.report import show_results
+
+    show_results(summaries, Console())
+
+
+@app.command("demo-data")
+def demo_data(
+    out: Annotated[Path, typer.Argument(help="Folder to write interactions.csv and items.csv into.")],
+) -> None:
+    """Write MovieLens-100K in this project's format (GroupLens' terms: not for commercial use)."""
+    from training.demo_data import write_movielens
+
+    write_movielens(out)
+
+
+def main() -> None:
+    """Run a command; a `StageError` is a message for the user, not a traceback."""
+    try:
+        app()
+    except StageError as error:
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _run(
+    until: "StageName", data: Path, out: Path, overrides: list[str], config: str, skip_bad_rows: bool
+) -> dict["StageName", Summary]:
+    from training.pipeline import Pipeline, load_config
+
+    settings: dict[str, str] = {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise StageError(f"{text!r} is not KEY=VALUE, such as sft.max_epochs=5")
+        settings[key] = value
+    if skip_bad_rows:
+        settings["data.skip_bad_rows"] = "true"
+    return Pipeline(load_config(config, settings), data, out).run(until)
+
+
+def _print_summary(name: str, summary: Summary, as_json: bool) -> None:
+    content = summary.model_dump(mode="json")
+    if as_json:
+        sys.stdout.write(json.dumps(content) + "\n")
+        return
+    from training.report import summary_table
+
+    Console().print(summary_table(name, content))

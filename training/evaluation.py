@@ -1,0 +1,245 @@
+"""Stage `evaluate`: full-catalogue ranking at item level, with the beam that serves and the baselines beside it.
+
+Every user's list comes from the trie-constrained beam over the whole catalogue, once with the user's history left out
+and once with nothing left out, from one prefill. Baselines rank the same targets in the same run.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, PositiveInt
+
+from semantic_ids.catalog import Catalog
+from semantic_ids.decoding.beam import ScoredItems, constrained_beam
+from semantic_ids.decoding.tree_decoder import TreeDecoder
+from semantic_ids.filters import ItemFilter
+from semantic_ids.prompt import window_start
+from training.collaborative import (
+    COOCCURRENCE_FILE,
+    POPULARITY_FILE,
+    SASREC_FILE,
+    EvaluationInput,
+    ItemKnn,
+    Popularity,
+    SasRec,
+    Scorer,
+    evaluate_scorer,
+    load_item_knn,
+    load_popularity,
+    load_sasrec,
+)
+from training.metrics import RankingMetrics, bootstrap_mean, coverage, gini, metrics_of_ranks, paired_bootstrap
+from training.sequences import Sequences
+from training.sft import TrainedModel, history_items
+from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar
+from training.tokenizer import TokenizedCatalog
+
+LIST_LENGTH = 50  # the longest cut-off of the metrics
+
+
+class EvaluationConfig(StageConfig):
+    """What is ranked, and how wide."""
+
+    split: Literal["test", "validation"] = Field("test", description="choose on validation, report test once")
+    width: PositiveInt = Field(50, description="beam width; at least 50 is used, as the metrics reach to 50")
+    batch_size: PositiveInt = 32
+    bootstrap_samples: PositiveInt = 2000
+    threads: PositiveInt = 2
+    seed: int = Field(0, ge=0)
+
+
+class RankingRow(Summary):
+    """One ranker's metrics, means over users."""
+
+    recall_5: float = Field(alias="recall@5")
+    ndcg_5: float = Field(alias="ndcg@5")
+    recall_10: float = Field(alias="recall@10")
+    ndcg_10: float = Field(alias="ndcg@10")
+    recall_50: float = Field(alias="recall@50")
+    ndcg_50: float = Field(alias="ndcg@50")
+
+
+class Difference(Summary):
+    """Model less baseline, with its paired 95 % bootstrap interval over users."""
+
+    difference: float
+    low: float
+    high: float
+
+
+class EvaluationSummary(RankingRow):
+    """The model's row (history masked), then everything beside it."""
+
+    split: str
+    num_users: int
+    num_items: int
+    width: int
+    recall_10_interval: tuple[float, float] = Field(alias="recall@10_interval")
+    sid_recall_10: float = Field(alias="sid_recall@10")  # the target's SID among the first ten, whatever its items
+    target_log_likelihood: float  # nats per target over the legal codes
+    unmasked: RankingRow  # nothing left out of the ranking
+    baselines: dict[str, RankingRow]
+    difference_recall_10: dict[str, Difference] = Field(alias="difference_recall@10")
+    difference_ndcg_10: dict[str, Difference] = Field(alias="difference_ndcg@10")
+    coverage_10: float = Field(alias="coverage@10")  # share of the catalogue in some first ten
+    gini_10: float = Field(alias="gini@10")  # 0: all items equally often
+    ms_per_user: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the model is compared with, from the collaborative stage."""
+
+    popularity: Popularity
+    item_knn: ItemKnn
+    sasrec: SasRec
+
+    @classmethod
+    def load(cls, path: Path) -> "Baselines":
+        """Read a finished collaborative stage."""
+        return cls(
+            load_popularity(path / POPULARITY_FILE),
+            load_item_knn(path / COOCCURRENCE_FILE),
+            load_sasrec(path / SASREC_FILE),
+        )
+
+    def by_name(self) -> dict[str, Scorer]:
+        """The names under which summaries list them."""
+        return {"popularity": self.popularity, "item_knn": self.item_knn, "sasrec": self.sasrec}
+
+
+def run(
+    config: EvaluationConfig,
+    ranker: "GenerativeRanker",
+    baselines: Baselines,
+    split: EvaluationInput,
+    tokenized: TokenizedCatalog,
+    folder: StageFolder,
+) -> EvaluationSummary:
+    """Rank every user of the split with the model and with each baseline."""
+    torch.set_num_threads(config.threads)
+    if len(split.targets) == 0:
+        raise StageError(f"the {config.split} split has no user: leave-one-out needs users with at least three events")
+    start = time.monotonic()
+    histories, targets = tokenized.to_ranks(split.histories), tokenized.rank_of_item[split.targets]
+    lists = ranker.rank_all(histories, targets, config)
+    seconds = time.monotonic() - start
+    masked = metrics_of_ranks(lists.masked_ranks)
+    rows: dict[str, RankingMetrics] = {}
+    scorers = baselines.by_name()
+    with progress_bar("evaluate: baselines", len(scorers)) as bar:
+        for name, scorer in scorers.items():
+            rows[name] = evaluate_scorer(scorer, split.histories, split.targets, masked=True, seed=config.seed).metrics
+            bar.advance()
+    interval = bootstrap_mean(masked.recall[10], samples=config.bootstrap_samples, seed=config.seed)
+    summary = EvaluationSummary(
+        **masked.means(),
+        split=config.split,
+        num_users=len(targets),
+        num_items=len(tokenized.catalog),
+        width=config.width,
+        recall_10_interval=(interval.low, interval.high),
+        sid_recall_10=float(lists.sid_hits_10.mean()),
+        target_log_likelihood=float(lists.target_log_likelihood.mean()),
+        unmasked=RankingRow(**metrics_of_ranks(lists.unmasked_ranks).means()),
+        baselines={name: RankingRow(**row.means()) for name, row in rows.items()},
+        difference_recall_10={
+            name: _difference(masked.recall[10], row.recall[10], config) for name, row in rows.items()
+        },
+        difference_ndcg_10={name: _difference(masked.ndcg[10], row.ndcg[10], config) for name, row in rows.items()},
+        coverage_10=coverage(lists.first_ten, len(tokenized.catalog)),
+        gini_10=gini(lists.first_ten, len(tokenized.catalog)),
+        ms_per_user=1000 * seconds / len(targets),
+        seconds=time.monotonic() - start,
+    )
+    folder.finish(summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class RankedLists:
+    """Per user of a split; a rank of N is a miss."""
+
+    masked_ranks: npt.NDArray[np.int64]
+    unmasked_ranks: npt.NDArray[np.int64]
+    sid_hits_10: npt.NDArray[np.bool_]
+    target_log_likelihood: npt.NDArray[np.float64]
+    first_ten: npt.NDArray[np.int32]  # (users, 10) catalogue ranks, history masked; -1 where there are fewer
+
+
+class GenerativeRanker:
+    """A trained model with its catalogue and prompts, ranking whole splits."""
+
+    def __init__(self, trained: TrainedModel, catalog: Catalog) -> None:
+        self.decoder = TreeDecoder(trained.load_model(), trained.vocabulary)
+        self.renderer = trained.renderer
+        self.catalog = catalog
+        self._items = history_items(catalog)
+
+    def rank_all(self, histories: Sequences, targets: npt.NDArray[np.int32], config: EvaluationConfig) -> RankedLists:
+        """Beams for every user; batches hold histories of like length."""
+        num_users, num_items = len(targets), len(self.catalog)
+        masked_ranks, unmasked_ranks = np.full(num_users, num_items), np.full(num_users, num_items)
+        sid_hits, likelihood = np.zeros(num_users, np.bool_), np.zeros(num_users)
+        first_ten = np.full((num_users, 10), -1, np.int32)
+        order = np.argsort(histories.lengths, kind="stable")
+        width = max(config.width, LIST_LENGTH)
+        with progress_bar("evaluate: beams", num_users) as bar:
+            for start in range(0, num_users, config.batch_size):
+                users = order[start : start + config.batch_size]
+                batch = [histories[user] for user in users]
+                for user, lists in zip(users, self._rank(batch, targets[users], width), strict=True):
+                    masked, unmasked, score = lists
+                    target = targets[user]
+                    masked_ranks[user] = _place(masked.ranks, target, num_items)
+                    unmasked_ranks[user] = _place(unmasked.ranks, target, num_items)
+                    top = masked.ranks[:10]
+                    first_ten[user, : len(top)] = top
+                    sid_hits[user] = (self.catalog.codes[top] == self.catalog.codes[target]).all(axis=1).any()
+                    likelihood[user] = score
+                bar.advance(len(users))
+        return RankedLists(masked_ranks, unmasked_ranks, sid_hits, likelihood, first_ten)
+
+    def _rank(
+        self, histories: list[npt.NDArray[np.int32]], targets: npt.NDArray[np.int32], width: int
+    ) -> list[tuple[ScoredItems, ScoredItems, float]]:
+        """Per user: the list without the history, the list without any filter, and the target's score."""
+        num_items, trie, widths = len(self.catalog), self.catalog.trie, [width] * len(histories)
+        state = self.decoder.prefill([self.prompt(history) for history in histories])
+        everything = [ItemFilter.of(num_items)] * len(histories)
+        unseen = [ItemFilter.of(num_items, deny=history.astype(np.int64)) for history in histories]
+        # Someone who has seen everything can be recommended nothing; the empty list is a miss.
+        can_rank = [item_filter.num_eligible > 0 for item_filter in unseen]
+        safe = [item_filter if ok else everything[0] for item_filter, ok in zip(unseen, can_rank, strict=True)]
+        masked = constrained_beam(self.decoder, trie, state, safe, widths)
+        unmasked = constrained_beam(self.decoder, trie, state, everything, widths)
+        only_target = [ItemFilter.of(num_items, allow=np.array([target])) for target in targets.astype(np.int64)]
+        target = constrained_beam(self.decoder, trie, state, only_target, [1] * len(histories))
+        nothing = ScoredItems(np.empty(0, np.int64), np.empty(0, np.float32))
+        return [
+            (masked[user] if can_rank[user] else nothing, unmasked[user], float(target[user].scores[0]))
+            for user in range(len(histories))
+        ]
+
+    def prompt(self, history: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """The prompt that serving would send for this history (catalogue ranks, oldest first)."""
+        start = window_start(len(history), self.renderer.spec.max_history)
+        return self.renderer.render([self._items[rank] for rank in history[start:]]).token_ids
+
+
+def _place(ranks: npt.NDArray[np.int64], target: int, missing: int) -> int:
+    found = np.flatnonzero(ranks == target)
+    return int(found[0]) if len(found) else missing
+
+
+def _difference(
+    model: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64], config: EvaluationConfig
+) -> Difference:
+    interval = paired_bootstrap(model, baseline, samples=config.bootstrap_samples, seed=config.seed)
+    return Difference(difference=interval.difference, low=interval.low, high=interval.high)

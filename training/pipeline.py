@@ -1,0 +1,217 @@
+"""All stages in order, from one configuration. Each stage runs only if what it would make is not already there.
+
+    data → vectors → collaborative → tokenizer → sft → evaluate → publish
+
+A stage's fingerprint covers its own configuration and the stages before it, so a changed setting redoes that stage and
+those that depend on it, and nothing else.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from semantic_ids.bundle import BundleParts
+from training import collaborative, evaluation, interactions, item_vectors, publish, sft, tokenizer
+from training.interactions import Dataset
+from training.sequences import Sequences
+from training.stage import StageConfig, StageError, StageFolder, Summary, write_atomically
+from training.tokenizer import TokenizedCatalog
+
+StageName = Literal["data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish"]
+STAGES: tuple[StageName, ...] = ("data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish")
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class PipelineConfig(StageConfig):
+    """One section per stage."""
+
+    data: interactions.DataConfig = interactions.DataConfig()
+    vectors: item_vectors.VectorsConfig = item_vectors.VectorsConfig()
+    collaborative: collaborative.CollaborativeConfig = collaborative.CollaborativeConfig()
+    tokenizer: tokenizer.TokenizerConfig = tokenizer.TokenizerConfig()
+    sft: sft.SftConfig = sft.SftConfig()
+    evaluate: evaluation.EvaluationConfig = evaluation.EvaluationConfig()
+    publish: publish.PublishConfig = publish.PublishConfig()
+
+    @property
+    def content_hash(self) -> str:
+        """Of the resolved configuration; written into the bundle."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def load_config(name: str, overrides: dict[str, str]) -> PipelineConfig:
+    """A packaged configuration by name, or a YAML file, with `section.key` overrides on top.
+
+    Precedence: override, file, default. An unknown key, or a value of the wrong kind, is a `StageError`.
+    """
+    path = CONFIGS / f"{name}.yaml" if (CONFIGS / f"{name}.yaml").exists() else Path(name)
+    try:
+        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        packaged = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise StageError(f"no configuration {name!r} ({error}): name one of {packaged}, or a YAML file") from error
+    for key, text in overrides.items():
+        section, _, field = key.partition(".")
+        if section not in STAGES or not field:
+            raise StageError(f"override {key!r}: write stage.key=value, with a stage of {', '.join(STAGES)}")
+        try:
+            content.setdefault(section, {})[field] = yaml.safe_load(text)
+        except (yaml.YAMLError, TypeError, AttributeError) as error:
+            raise StageError(f"override {key}={text!r} is not a value: {error}") from error
+    try:
+        return PipelineConfig.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise StageError(f"configuration {name!r}: {problems}") from error
+
+
+class Pipeline:
+    """The stages of one run folder; `run(until)` brings it up to a stage."""
+
+    def __init__(self, config: PipelineConfig, data_dir: Path, out: Path) -> None:
+        self.config = config
+        self._data_dir = data_dir
+        self._out = out
+        self._fingerprints: dict[StageName, str] = {}
+
+    def run(self, until: StageName = "publish") -> dict[StageName, Summary]:
+        """Run what is missing, up to and with `until` and only what it needs; the summaries, old or new."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self._out / "config.yaml", resolved.encode())
+        needed = _with_upstream(until)
+        return {name: self._run_stage(name) for name in STAGES if name in needed}
+
+    def _run_stage(self, name: StageName) -> Summary:
+        stage = _STAGES[name]
+        upstream: dict[str, str] = {before: self._fingerprints[before] for before in stage.upstream}
+        folder = StageFolder(
+            self._out / name,
+            getattr(self.config, name),
+            upstream or {"input": interactions.fingerprint_of(self._data_dir)},
+        )
+        self._fingerprints[name] = folder.fingerprint
+        if (finished := folder.finished()) is not None:
+            summary = stage.summary.model_validate(finished)
+            if stage.still_holds(self, summary):
+                return summary
+        return stage.make(self, folder)
+
+    # What later stages read of earlier ones; each is loaded once, when first needed.
+
+    @cached_property
+    def _dataset(self) -> Dataset:
+        return Dataset.load(self._out / "data")
+
+    @cached_property
+    def _train(self) -> Sequences:
+        return self._dataset.train()
+
+    @cached_property
+    def _tokenized(self) -> TokenizedCatalog:
+        return TokenizedCatalog.load(self._out / "tokenizer", self._dataset)
+
+    @cached_property
+    def _model(self) -> sft.TrainedModel:
+        return sft.TrainedModel.load(self._out / "sft", self._tokenized.catalog)
+
+    @cached_property
+    def _baselines(self) -> evaluation.Baselines:
+        return evaluation.Baselines.load(self._out / "collaborative")
+
+    # The stages.
+
+    def make_data(self, folder: StageFolder) -> Summary:
+        """Validated, split interactions and items."""
+        return interactions.run(self.config.data, self._data_dir, folder)
+
+    def make_vectors(self, folder: StageFolder) -> Summary:
+        """Text vectors of the items."""
+        return item_vectors.run(self.config.vectors, self._dataset, folder)
+
+    def make_collaborative(self, folder: StageFolder) -> Summary:
+        """Baselines and collaborative vectors, from training interactions."""
+        validation = self._dataset.evaluation("validation")
+        return collaborative.run(self.config.collaborative, self._train, validation, self._dataset.num_items, folder)
+
+    def make_tokenizer(self, folder: StageFolder) -> Summary:
+        """SIDs, quantiser and catalogue."""
+        vectors, _ = item_vectors.load_vectors(self._out / "vectors")
+        return tokenizer.run(self.config.tokenizer, self._dataset, self._train, vectors, folder)
+
+    def make_sft(self, folder: StageFolder) -> Summary:
+        """The language model."""
+        held_out = self._dataset.evaluation("validation")
+        to_ranks, rank_of_item = self._tokenized.to_ranks, self._tokenized.rank_of_item
+        validation = sft.TargetSplit(to_ranks(held_out.histories), rank_of_item[held_out.targets])
+        return sft.run(self.config.sft, self._tokenized.catalog, to_ranks(self._train), validation, folder)
+
+    def make_evaluate(self, folder: StageFolder) -> Summary:
+        """Metrics beside the baselines'."""
+        ranker = evaluation.GenerativeRanker(self._model, self._tokenized.catalog)
+        split = self._dataset.evaluation(self.config.evaluate.split)
+        return evaluation.run(self.config.evaluate, ranker, self._baselines, split, self._tokenized, folder)
+
+    def make_publish(self, folder: StageFolder) -> Summary:
+        """The bundle."""
+        _, text_encoder = item_vectors.load_vectors(self._out / "vectors")
+        evaluated = self._run_stage("evaluate").model_dump(by_alias=True)
+        parts = BundleParts(
+            catalog=self._tokenized.catalog,
+            quantizer=self._tokenized.quantizer,
+            neighbours=publish.neighbours_by_rank(self._baselines.item_knn, self._tokenized),
+            vocabulary=self._model.vocabulary,
+            prompt=self._model.renderer.spec,
+            text_encoder=text_encoder,
+            model_folder=self._model.folder,
+            config_hash=self.config.content_hash,
+            metrics={name: evaluated[name] for name in ("recall@10", "ndcg@10", "target_log_likelihood")},
+        )
+        return publish.run(self.config.publish, parts, self._dataset, self._bundles, folder)
+
+    @property
+    def _bundles(self) -> Path:
+        return self._out / "bundles"
+
+    def is_published(self, summary: Summary) -> bool:
+        """Whether a finished publication's bundle is still there: bundles may be removed by hand."""
+        return isinstance(summary, publish.PublishSummary) and publish.is_still_there(summary, self._bundles)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    upstream: tuple[StageName, ...]
+    summary: type[Summary]
+    make: Callable[[Pipeline, StageFolder], Summary]
+    still_holds: Callable[[Pipeline, Summary], bool] = lambda _pipeline, _summary: True
+
+
+_STAGES: dict[StageName, _Stage] = {
+    "data": _Stage((), interactions.DataSummary, Pipeline.make_data),
+    "vectors": _Stage(("data",), item_vectors.VectorsSummary, Pipeline.make_vectors),
+    "collaborative": _Stage(("data",), collaborative.CollaborativeSummary, Pipeline.make_collaborative),
+    "tokenizer": _Stage(("data", "vectors"), tokenizer.TokenizerSummary, Pipeline.make_tokenizer),
+    "sft": _Stage(("data", "tokenizer"), sft.SftSummary, Pipeline.make_sft),
+    "evaluate": _Stage(("sft", "collaborative"), evaluation.EvaluationSummary, Pipeline.make_evaluate),
+    "publish": _Stage(("evaluate",), publish.PublishSummary, Pipeline.make_publish, Pipeline.is_published),
+}
+
+
+def _with_upstream(name: StageName) -> set[StageName]:
+    return {name}.union(*(_with_upstream(before) for before in _STAGES[name].upstream))
+
+
+def _describe(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: Any = PipelineConfig.model_fields.get(str(problem["loc"][0]))
+        known = ", ".join(section.annotation.model_fields) if section else ", ".join(STAGES)
+        return f"unknown key {key} (known: {known})"
+    return f"{key}={problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,81 @@
+"""Tables for people: one stage's summary, and what a whole run trained."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from training.evaluation import EvaluationSummary, RankingRow
+from training.interactions import DataSummary
+from training.publish import PublishSummary
+from training.sft import SftSummary
+from training.stage import Summary
+from training.tokenizer import TokenizerSummary
+
+if TYPE_CHECKING:
+    from training.pipeline import StageName
+
+_BASELINE_TITLES = {"popularity": "popularity", "item_knn": "item-kNN", "sasrec": "SASRec"}
+
+
+def summary_table(title: str, content: dict[str, Any]) -> Table:
+    """Any summary, a row per value; nested values are flattened to `outer.inner`."""
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for key, value in _flat(content):
+        table.add_row(key, _shown(value))
+    return table
+
+
+def show_results(summaries: dict["StageName", Summary], console: Console) -> None:
+    """What was trained, and how it ranks beside the baselines."""
+    data = cast("DataSummary", summaries["data"])
+    sids = cast("TokenizerSummary", summaries["tokenizer"])
+    model = cast("SftSummary", summaries["sft"])
+    evaluated = cast("EvaluationSummary", summaries["evaluate"])
+    published = cast("PublishSummary", summaries["publish"])
+    trained = Table("", "", title="What was trained", title_justify="left", show_header=False)
+    trained.add_row("items", f"{data.num_items:,}")
+    trained.add_row("users", f"{data.num_users:,}")
+    trained.add_row("interactions", f"{data.num_events:,}")
+    trained.add_row("SIDs", f"{sids.num_levels} levels of {sids.codebook_size} codes")
+    trained.add_row("uniqueness", f"{sids.uniqueness:.2%} ({sids.num_moved:,} items moved to a free last code)")
+    trained.add_row(
+        "model", f"{model.num_parameters / 1e6:.1f}M parameters, best of {model.epochs} epochs: {model.best_epoch}"
+    )
+    trained.add_row("bundle", published.bundle_id)
+    console.print(trained)
+    low, high = evaluated.recall_10_interval
+    held_out = f"{evaluated.num_users:,} held-out {evaluated.split} items"
+    title = f"Ranking {held_out} among all {evaluated.num_items:,} (seen items left out)"
+    ranking = Table(
+        "", "Recall@10", "NDCG@10", "this model's Recall@10 less the baseline's",
+        title=title,
+        title_justify="left",
+    )  # fmt: skip
+    ranking.add_row(
+        "this model",
+        f"{evaluated.recall_10:.4f}",
+        f"{evaluated.ndcg_10:.4f}",
+        f"(95 % interval of its own: {low:.4f} to {high:.4f})",
+    )
+    for name, title in _BASELINE_TITLES.items():
+        row: RankingRow = evaluated.baselines[name]
+        difference = evaluated.difference_recall_10[name]
+        interval = f"{difference.difference:+.4f}  (95 %: {difference.low:+.4f} to {difference.high:+.4f})"
+        ranking.add_row(title, f"{row.recall_10:.4f}", f"{row.ndcg_10:.4f}", interval)
+    console.print(ranking)
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    if isinstance(value, list):
+        return ", ".join(_shown(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
