@@ -1,0 +1,47 @@
+"""The names of every Redis key, and nothing else: no other module writes one.
+
+All keys start with `sidrec:`. The keys of one user share a Redis Cluster hash tag, so that one script, one transaction
+and one UNLINK can touch them all: `sidrec:{<namespace>:<user>}:<what>`. Namespace and user are percent-encoded, so that
+no brace, colon, space or foreign script in a user id can move the tag or meet another user's keys.
+"""
+
+from dataclasses import astuple, dataclass, fields
+from urllib.parse import quote
+
+PREFIX = "sidrec"
+DEFAULT_NAMESPACE = "default"
+"""Namespaces are reserved for tenants; until then there is one."""
+
+
+@dataclass(frozen=True)
+class UserKeys:
+    """Every key that holds anything of one user: to erase them all is to erase the user."""
+
+    history: str
+    """ZSET: `<arrival>:<event type>:<item>` by timestamp."""
+    seen: str
+    """SET of items."""
+    excluded: str
+    """SET of items."""
+    event_ids: str
+    """ZSET: event id by arrival."""
+    import_ids: str
+    """ZSET: id derived from an imported entry, by arrival; apart, so that live events never push them out."""
+    meta: str
+    """HASH of counters."""
+
+    def all(self) -> tuple[str, ...]:
+        """All of them, in the order of the fields: the KEYS of the scripts."""
+        names: tuple[str, ...] = astuple(self)
+        return names
+
+
+def user_keys(user_id: str, namespace: str = DEFAULT_NAMESPACE) -> UserKeys:
+    """The keys of one user; different (namespace, user) pairs never share one."""
+    tag = f"{_encoded(namespace)}:{_encoded(user_id)}"
+    return UserKeys(*(f"{PREFIX}:{{{tag}}}:{field.name.replace('_', '-')}" for field in fields(UserKeys)))
+
+
+def _encoded(text: str) -> str:
+    """ASCII letters, digits and `_.-~%` only; `surrogatepass` because JSON can carry a lone surrogate."""
+    return quote(text, safe="", errors="surrogatepass")
