@@ -1,0 +1,1 @@
+"""Online: a bundle behind HTTP. Never imports `training`; torch only in `service.engine`."""

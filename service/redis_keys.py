@@ -45,3 +45,8 @@ def user_keys(user_id: str, namespace: str = DEFAULT_NAMESPACE) -> UserKeys:
 def _encoded(text: str) -> str:
     """ASCII letters, digits and `_.-~%` only; `surrogatepass` because JSON can carry a lone surrogate."""
     return quote(text, safe="", errors="surrogatepass")
+
+
+def import_marker(content_sha256: str, namespace: str = DEFAULT_NAMESPACE) -> str:
+    """Set once a histories file of this content was imported whole."""
+    return f"{PREFIX}:imported:{_encoded(namespace)}:{content_sha256}"

@@ -30,6 +30,7 @@ import tempfile
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
+from urllib.parse import quote
 
 import structlog
 from redis.asyncio import Redis
@@ -110,7 +111,7 @@ class EmbeddedRedis:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._start_timeout_s
         while True:
-            lock_fd = await asyncio.to_thread(self._take_lock)
+            lock_fd = self._take_lock()  # never waits; in a thread, a cancelled start could not tell whether it has it
             if lock_fd is not None:
                 return await self._start_own(lock_fd)
             others_path = await asyncio.to_thread(self._lock_path.read_text)
@@ -118,7 +119,7 @@ class EmbeddedRedis:
             if answer is _Answer.READY:
                 self._socket_path = Path(others_path)
                 log.info("embedded_redis_joined", data_dir=str(self._data_dir))
-                return f"unix://{self._socket_path}"
+                return _url(self._socket_path)
             if answer is _Answer.LOADING:
                 give_up_at = loop.time() + self._start_timeout_s
             if loop.time() > give_up_at:
@@ -153,7 +154,7 @@ class EmbeddedRedis:
                 try:
                     await self.start()
                     is_back = True
-                except (EmbeddedRedisError, OSError) as error:
+                except EmbeddedRedisError as error:
                     reason = str(error)
             log.info("embedded_redis_back", is_owner=self.is_owner)
 
@@ -169,15 +170,17 @@ class EmbeddedRedis:
             await self._end_server()
             if self._socket_path is None:  # a joiner that takes over stays where its clients look
                 self._socket_path = await asyncio.to_thread(_private_socket_path, self._data_dir)
-            await asyncio.to_thread(self._lock_path.write_text, str(self._socket_path))
+            await asyncio.to_thread(self._tell_joiners, str(self._socket_path))
             self._process = await self._spawn(self._socket_path, lock_fd)
             await self._until_ready(self._socket_path, self._process)
-        except BaseException:
+        except BaseException as error:
             await self._end_server()
             self._release_lock()
+            if isinstance(error, OSError):
+                raise EmbeddedRedisError(f"redis-server cannot be started in {self._data_dir}: {error}") from error
             raise
         log.info("embedded_redis_started", pid=self.pid, data_dir=str(self._data_dir))
-        return f"unix://{self._socket_path}"
+        return _url(self._socket_path)
 
     async def _spawn(self, socket_path: Path, lock_fd: int) -> asyncio.subprocess.Process:
         binary = await asyncio.to_thread(_redis_server_binary, self._data_dir)
@@ -279,6 +282,10 @@ class EmbeddedRedis:
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def _tell_joiners(self, socket_path: str) -> None:
+        if self._lock_path.read_text() != socket_path:  # a restart must work on a full disk
+            self._lock_path.write_text(socket_path)
+
     def _open_log(self) -> int:
         too_long = self._log_path.exists() and self._log_path.stat().st_size > _MAX_LOG_BYTES
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
@@ -325,6 +332,10 @@ async def _ping(socket_path: Path) -> _Answer:
     if line.startswith(b"+PONG"):
         return _Answer.READY
     return _Answer.LOADING if line.startswith(b"-LOADING") else _Answer.NONE
+
+
+def _url(socket_path: Path) -> str:
+    return f"unix://{quote(str(socket_path))}"
 
 
 def _redis_server_binary(data_dir: Path) -> Path:

@@ -1,0 +1,1 @@
+"""What turns a prompt into items: the protocol (`base`) and the engines that keep it."""

@@ -1,0 +1,115 @@
+"""The composition root: settings in, a running application out. Nothing else decides what is wired to what."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeAlias
+
+import structlog
+from fastapi import FastAPI
+
+from semantic_ids.bundle import Bundle
+from service import errors, routes
+from service.admission import Admission
+from service.engine.base import Engine
+from service.histories import Histories, connect
+from service.metrics import Metrics
+from service.middleware import Instrumented
+from service.recommender import Recommender
+from service.redis_server import EmbeddedRedis, check_durability
+from service.security import ApiKeys
+from service.settings import Settings
+from service.state import State
+
+log = structlog.get_logger(__name__)
+
+EngineFactory: TypeAlias = Callable[[Bundle, Settings, Metrics], Engine]
+
+
+def make_engine(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
+    """The engine that the settings name. Imported here, so that the rest of the service needs no torch."""
+    from service.engine.local import LocalEngine, LocalEngineConfig
+
+    config = LocalEngineConfig(settings.decode_threads, settings.max_batch, settings.dtype)
+    return LocalEngine(bundle, config, metrics)
+
+
+def create_app(
+    settings: Settings,
+    *,
+    engine_factory: EngineFactory = make_engine,
+    on_ready: Callable[[State], None] | None = None,
+) -> FastAPI:
+    """The application; its lifespan loads the bundle, joins or starts Redis, and warms the engine up."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            try:
+                state = await _start(settings, metrics, engine_factory, stack)
+            except Exception as error:
+                app.state.startup_error = error
+                raise
+            app.state.sidrec = state
+            log.info("ready", bundle=state.bundle.bundle_id, engine=state.engine.name, items=len(state.bundle.catalog))
+            if on_ready is not None:
+                on_ready(state)
+            yield
+            log.info("stopping")
+
+    app = FastAPI(
+        title="sidrec",
+        version=routes.service_version(),
+        summary="Generative recommendation with Semantic IDs",
+        lifespan=lifespan,
+        docs_url="/docs",
+        redoc_url=None,
+    )
+    app.state.startup_error = None
+    errors.install(app)
+    app.include_router(routes.api)
+    app.include_router(routes.operations)
+    app.add_middleware(Instrumented, metrics=metrics)
+    return app
+
+
+async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFactory, stack: AsyncExitStack) -> State:
+    """Start every part, its stop on the stack: what started is stopped, in reverse, even if a later one fails."""
+    bundle = await asyncio.to_thread(Bundle.load_current, settings.bundles)
+    metrics.bundle.labels(bundle.bundle_id).set(1)
+    metrics.catalog_epoch.set(bundle.catalog.epoch)
+    redis_url = settings.redis_url or await _start_embedded_redis(settings, stack)
+    redis = connect(redis_url, timeout_s=settings.redis_timeout_s, max_connections=settings.redis_max_connections)
+    stack.push_async_callback(redis.aclose)
+    if settings.redis_url is not None and (warning := await check_durability(redis)) is not None:
+        log.warning("redis_durability", detail=warning)
+    ttl_s = settings.history_ttl_days * 86_400 if settings.history_ttl_days else None
+    histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=ttl_s)
+    engine = engine_factory(bundle, settings, metrics)
+    stack.push_async_callback(engine.stop)
+    await engine.start()
+    return State(
+        bundle=bundle,
+        engine=engine,
+        redis=redis,
+        histories=histories,
+        recommender=Recommender(bundle, engine, histories, metrics, settings.beam_width),
+        admission=Admission(settings.max_in_flight, metrics),
+        api_keys=ApiKeys(settings.api_key_hashes),
+        metrics=metrics,
+    )
+
+
+async def _start_embedded_redis(settings: Settings, stack: AsyncExitStack) -> str:
+    server = EmbeddedRedis(settings.data_dir)
+    url = await server.start()
+    stack.push_async_callback(server.stop)
+    supervision = asyncio.create_task(server.supervise(), name="embedded-redis")
+
+    async def end_supervision() -> None:
+        supervision.cancel()
+        await asyncio.gather(supervision, return_exceptions=True)
+
+    stack.push_async_callback(end_supervision)
+    return url

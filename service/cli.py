@@ -1,0 +1,192 @@
+"""`sidrec-serve`: run the service, and the few things around it."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
+
+from service.histories import EventType, Histories, HistoryEntry, HistoryUnavailableError, connect
+from service.logs import configure
+from service.redis_keys import import_marker
+from service.redis_server import EmbeddedRedis, EmbeddedRedisError
+from service.security import hash_key
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.state import State
+
+console = Console(stderr=True)
+
+_IMPORT_TIMEOUT_S = 10.0  # a batch of an import is many events, each synced to disk
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Serve a bundle over HTTP.
+
+    Settings come from the environment, all with defaults: SIDREC_BUNDLES (folder of bundles), SIDREC_HOST, SIDREC_PORT,
+    SIDREC_REDIS_URL (absent: an embedded Redis in SIDREC_DATA_DIR), SIDREC_API_KEY_HASHES, SIDREC_BEAM_WIDTH,
+    SIDREC_LOG_LEVEL, SIDREC_LOG_FORMAT (json or console) and more: see docs/settings.md.
+    """,
+)
+
+
+class ServeError(Exception):
+    """The command cannot go on; the message is for the user."""
+
+
+@app.command()
+def run(
+    examples: Annotated[
+        Path | None, typer.Option(help="A histories file: when ready, print calls for one of its users.")
+    ] = None,
+) -> None:
+    """Serve until Ctrl-C."""
+    import uvicorn
+
+    from service.app import create_app
+
+    settings = _settings()
+    configure(settings.log_level, settings.log_format)
+    listener = _listen(settings.host, settings.port)
+    address = f"http://{settings.host}:{listener.getsockname()[1]}"
+
+    def on_ready(state: "State") -> None:
+        console.print(f"\nServing bundle [bold]{state.bundle.bundle_id}[/] on [bold]{address}[/]  (Ctrl-C stops it)")
+        if examples is not None:
+            _print_examples(address, examples)
+
+    web = create_app(settings, on_ready=on_ready)
+    # Requests are in the metrics, faults in our own log; uvicorn's lines would say both again.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+    config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
+    server = uvicorn.Server(config)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    if (error := web.state.startup_error) is not None:
+        raise ServeError(f"the service could not start: {error}") from error
+
+
+@app.command("import-histories")
+def import_histories(
+    file: Annotated[Path, typer.Argument(help="JSON lines: {user_id, events: [[item_id, timestamp, event_type], …]}")],
+) -> None:
+    """Load users' histories into Redis. To import the same file again does nothing."""
+    settings = _settings()
+    configure("warning", "console")
+    asyncio.run(_import(settings, file))
+
+
+@app.command("hash-key")
+def hash_key_command(
+    key: Annotated[str | None, typer.Argument(help="The key; absent: a new random one is made and shown.")] = None,
+) -> None:
+    """Print the hash of an API key, for SIDREC_API_KEY_HASHES."""
+    if key is None:
+        key = secrets.token_urlsafe(32)
+        console.print(f"key  (give it to the caller; it is not stored): {key}", highlight=False)
+    sys.stdout.write(hash_key(key) + "\n")
+
+
+def main() -> None:
+    """Run a command; a `ServeError` is a message for the user, not a traceback."""
+    try:
+        app()
+    except ServeError as error:
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = []
+        for one in error.errors():
+            name = f"SIDREC_{one['loc'][0]}".upper() if one["loc"] else "settings"
+            problems.append(f"{name}: {one['msg'].removeprefix('Value error, ')}")
+        raise ServeError("; ".join(problems)) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ServeError(f"{host}:{port} cannot be used ({error.strerror}): set SIDREC_PORT to a free port") from error
+    return listener
+
+
+def _print_examples(address: str, histories: Path) -> None:
+    user_id, entries = next(iter(_read_histories(histories)))
+    candidates = json.dumps([entry.item_id for entry in entries[:5]])
+    for path, body in (
+        ("recommend", f'{{"user_id": {json.dumps(user_id)}, "num_items": 10}}'),
+        ("rerank", f'{{"user_id": {json.dumps(user_id)}, "candidates": {candidates}}}'),
+    ):
+        command = f"curl -s {address}/{path} -H 'content-type: application/json' -d '{body}'"
+        console.print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+async def _import(settings: Settings, file: Path) -> None:
+    if not file.exists():
+        raise ServeError(f"{file} does not exist: `sidrec-train pipeline` writes RUN/publish/histories.jsonl")
+    async with AsyncExitStack() as stack:
+        url = settings.redis_url
+        try:
+            if url is None:
+                server = EmbeddedRedis(settings.data_dir)
+                url = await server.start()
+                stack.push_async_callback(server.stop)
+            redis = connect(url, timeout_s=_IMPORT_TIMEOUT_S, max_connections=4)
+            stack.push_async_callback(redis.aclose)
+            content = await asyncio.to_thread(file.read_bytes)
+            marker = import_marker(hashlib.sha256(content).hexdigest())
+            if await redis.exists(marker):
+                console.print(f"{file}: imported before, nothing to do", highlight=False)
+                return
+            histories = Histories(redis, max_stored=settings.history_max_stored)
+            users = list(_read_histories(file))
+            with Progress(console=console) as progress:
+                task = progress.add_task("import histories", total=sum(len(entries) for _, entries in users))
+                await histories.import_histories(users, lambda count: progress.advance(task, count))
+            await redis.set(marker, 1)
+        except (EmbeddedRedisError, HistoryUnavailableError) as error:
+            raise ServeError(
+                f"{file} was not imported whole ({error}); import it again, nothing is stored twice"
+            ) from error
+
+
+def _read_histories(file: Path) -> Iterator[tuple[str, list[HistoryEntry]]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                content = json.loads(line)
+                entries = [
+                    HistoryEntry(str(item_id), float(timestamp), EventType(event_type))
+                    for item_id, timestamp, event_type in content["events"]
+                ]
+                yield str(content["user_id"]), entries
+            except (ValueError, KeyError, TypeError) as error:
+                raise ServeError(
+                    f"{file}, line {number}: {error}; write it anew with `sidrec-train publish`"
+                ) from error

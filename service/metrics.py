@@ -1,0 +1,63 @@
+"""Every Prometheus metric of the service, by name and meaning; no other module creates one."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """One set of metrics in a registry of its own, so that an application can be made twice in a process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "sidrec_http_requests", "HTTP requests by outcome.", ("method", "route", "status"), registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "sidrec_http_request_seconds",
+            "Time to answer, every status.",
+            ("route",),
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("sidrec_http_in_flight", "Requests being answered.", registry=self.registry)
+        self.shed = Counter(
+            "sidrec_shed", "Requests turned away with 503, by reason.", ("reason",), registry=self.registry
+        )
+        self.answers = Counter(
+            "sidrec_answers", "Answers by source and reason.", ("endpoint", "source", "reason"), registry=self.registry
+        )
+        self.stage_seconds = Histogram(
+            "sidrec_stage_seconds", "Time by stage.", ("stage",), buckets=_LATENCY_BUCKETS_S, registry=self.registry
+        )
+        self.events = Counter("sidrec_events", "Events by outcome.", ("outcome",), registry=self.registry)
+        self.history_failures = Counter(
+            "sidrec_history_failures", "Times that Redis did not answer or refused.", registry=self.registry
+        )
+        self.engine_ready = Gauge("sidrec_engine_ready", "Whether the engine takes requests.", registry=self.registry)
+        self.engine_waiting = Gauge("sidrec_engine_waiting", "Requests not yet in a batch.", registry=self.registry)
+        self.engine_batch_size = Histogram(
+            "sidrec_engine_batch_size", "Requests per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self.engine_steps = Counter("sidrec_engine_steps", "Beam steps.", registry=self.registry)
+        self.engine_beams = Counter("sidrec_engine_beams", "Prefixes kept, over all steps.", registry=self.registry)
+        self.engine_closed_beams = Counter(
+            "sidrec_engine_closed_beams",
+            "Prefixes with one SID left, which need no forward pass.",
+            registry=self.registry,
+        )
+        self.bundle = Gauge("sidrec_bundle", "1 for the bundle being served.", ("bundle",), registry=self.registry)
+        self.catalog_epoch = Gauge("sidrec_catalog_epoch", "The catalogue epoch being served.", registry=self.registry)
+
+    def count_beam_work(self, steps: int, beams: int, closed_beams: int) -> None:
+        """Add what one search did."""
+        self.engine_steps.inc(steps)
+        self.engine_beams.inc(beams)
+        self.engine_closed_beams.inc(closed_beams)
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)

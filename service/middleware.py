@@ -1,0 +1,68 @@
+"""What surrounds every request: its id, its time, its count, and the answer to a fault. Plain ASGI."""
+
+import re
+import time
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import errors
+from service.metrics import Metrics
+from service.recommender import new_ulid
+
+log = structlog.get_logger(__name__)
+
+_GIVEN_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Instrumented:
+    """Gives each request an id (the caller's `x-request-id`, if it is printable ASCII), and measures its answer."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI request; anything but HTTP passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given.decode() if _GIVEN_ID.fullmatch(given) else new_ulid()
+        scope["sidrec_request_id"] = request_id
+        timings: dict[str, float] = {}
+        scope["sidrec_timings_ms"] = timings
+        start = time.perf_counter()
+        status, has_started = 500, False
+
+        async def instrumented_send(message: Message) -> None:
+            nonlocal status, has_started
+            if message["type"] == "http.response.start":
+                status, has_started = message["status"], True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                total_ms = 1000 * (time.perf_counter() - start)
+                stages = {name: ms for name, ms in timings.items() if name != "total"} | {"total": total_ms}
+                headers["server-timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in stages.items())
+                headers["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, instrumented_send)
+        except Exception:
+            log.exception("unexpected_error", path=scope["path"], request_id=request_id)
+            if has_started:
+                raise
+            await errors.unexpected(Request(scope))(scope, receive, instrumented_send)
+        finally:
+            route = _route_of(scope)
+            self._metrics.requests.labels(scope["method"], route, status).inc()
+            self._metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+
+
+def _route_of(scope: Scope) -> str:
+    """The route's template, so that ids in paths make no new label; one label for all that matches none."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "unmatched"))

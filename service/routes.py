@@ -1,0 +1,211 @@
+"""The HTTP endpoints: validate, admit, hand over, answer. No logic of their own."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import PlainTextResponse
+from redis.exceptions import RedisError
+
+from service.errors import BadRequestProblem, ProblemDocument, UnavailableProblem
+from service.histories import Event, HistoryUnavailableError
+from service.metrics import CONTENT_TYPE
+from service.schemas import (
+    DeadlineMs,
+    EventsRequest,
+    EventsResponse,
+    HealthResponse,
+    HistoryResponse,
+    RecommendRequest,
+    RecommendResponse,
+    RejectedEvent,
+    RerankRequest,
+    RerankResponse,
+    StoredEvent,
+    UserId,
+    UserRequest,
+    VersionsResponse,
+)
+from service.state import State
+
+T = TypeVar("T")
+R = TypeVar("R", bound=UserRequest)
+
+_PROBLEM = {"model": ProblemDocument, "description": "Problem document (RFC 9457)"}
+PROBLEMS = dict.fromkeys((401, 404, 422, 503), _PROBLEM)
+
+
+async def get_state(request: Request) -> State:
+    """The application's state, there from start-up on."""
+    state: State = request.app.state.sidrec
+    return state
+
+
+StateDep = Annotated[State, Depends(get_state)]
+
+
+async def admitted(state: StateDep) -> AsyncIterator[None]:
+    """A slot for as long as the request lasts."""
+    with state.admission.slot():
+        yield
+
+
+async def keyed(state: StateDep, x_api_key: Annotated[str | None, Header()] = None) -> None:
+    """A valid API key, where keys are configured."""
+    state.api_keys.check(x_api_key)
+
+
+api = APIRouter(dependencies=[Depends(keyed)], responses=PROBLEMS)  # type: ignore[arg-type]
+operations = APIRouter(tags=["operations"])
+
+DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
+
+
+@api.post("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
+async def recommend(
+    body: RecommendRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
+) -> RecommendResponse:
+    """The items a user will most likely choose next."""
+    answer = await state.recommender.recommend(_with_deadline(body, deadline))
+    request.scope["sidrec_timings_ms"] |= answer.timings_ms
+    return answer
+
+
+@api.get("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
+async def recommend_by_query(
+    request: Request,
+    state: StateDep,
+    user_id: Annotated[UserId | None, Query()] = None,
+    num_items: Annotated[int, Query(ge=1, le=500)] = 10,
+    deadline: DeadlineHeader = None,
+) -> RecommendResponse:
+    """The same with defaults."""
+    return await recommend(RecommendRequest(user_id=user_id, num_items=num_items), request, state, deadline)
+
+
+@api.post("/rerank", tags=["recommendations"], dependencies=[Depends(admitted)])
+async def rerank(
+    body: RerankRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
+) -> RerankResponse:
+    """Candidates in the order in which the user will most likely choose them."""
+    answer = await state.recommender.rerank(_with_deadline(body, deadline))
+    request.scope["sidrec_timings_ms"] |= answer.timings_ms
+    return answer
+
+
+@api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
+async def record_events(body: EventsRequest, state: StateDep) -> EventsResponse:
+    """Store what users did. Idempotent by `event_id`; what is accepted is on disk and visible to the next request."""
+    catalog = state.bundle.catalog
+    rejected = [
+        RejectedEvent(index=index, reason="unknown_item")
+        for index, event in enumerate(body.events)
+        if catalog.rank_of(event.item_id) is None
+    ]
+    skipped = {one.index for one in rejected}
+    events = [
+        Event(event.event_id, event.user_id, event.item_id, event.event_type, event.timestamp, event.recommendation_id)
+        for index, event in enumerate(body.events)
+        if index not in skipped
+    ]
+    stored = await _or_unavailable(state, state.histories.record(events))
+    accepted = sum(stored)
+    for outcome, count in (("accepted", accepted), ("duplicate", len(stored) - accepted), ("rejected", len(rejected))):
+        state.metrics.events.labels(outcome).inc(count)
+    return EventsResponse(accepted=accepted, duplicates=len(stored) - accepted, rejected=rejected)
+
+
+@api.get("/users/{user_id}/history", tags=["users"])
+async def user_history(user_id: UserId, state: StateDep) -> HistoryResponse:
+    """The stored history, oldest first; an unknown user's is empty."""
+    entries = await _or_unavailable(state, state.histories.history(user_id))
+    events = [
+        StoredEvent(item_id=entry.item_id, timestamp=entry.timestamp, event_type=entry.event_type) for entry in entries
+    ]
+    return HistoryResponse(user_id=user_id, events=events)
+
+
+@api.delete("/users/{user_id}", tags=["users"], status_code=204)
+async def erase_user(user_id: UserId, state: StateDep) -> None:
+    """Erase every key of the user."""
+    await _or_unavailable(state, state.histories.erase(user_id))
+
+
+@api.get("/versions", tags=["operations"])
+async def versions(state: StateDep) -> VersionsResponse:
+    """What is being served."""
+    bundle = state.bundle
+    return VersionsResponse(
+        service=service_version(),
+        engine=state.engine.name,
+        bundle=bundle.bundle_id,
+        catalog_epoch=bundle.catalog.epoch,
+        prompt=bundle.manifest.prompt.version,
+        num_items=len(bundle.catalog),
+        metrics=bundle.manifest.metrics,
+    )
+
+
+@operations.get("/health/live")
+@operations.get("/v2/health/live", include_in_schema=False)
+async def live() -> HealthResponse:
+    """The process answers."""
+    return HealthResponse(status="live")
+
+
+@operations.get("/health/ready", responses={503: _PROBLEM})  # type: ignore[dict-item]
+@operations.get("/v2/health/ready", include_in_schema=False)
+async def ready(state: StateDep) -> HealthResponse:
+    """A bundle is loaded, the engine has decoded a canary SID, and Redis answers."""
+    missing = []
+    if not state.engine.is_ready:
+        missing.append("the engine is not ready")
+    try:
+        async with asyncio.timeout(2.0):
+            await state.redis.ping()
+    except (RedisError, OSError, TimeoutError) as error:
+        missing.append(f"Redis does not answer ({type(error).__name__})")
+    if missing:
+        raise UnavailableProblem("; ".join(missing), kind="not-ready")
+    return HealthResponse(status="ready")
+
+
+@operations.get("/metrics", response_class=PlainTextResponse)
+async def metrics(state: StateDep) -> PlainTextResponse:
+    """Prometheus' text format."""
+    state.metrics.engine_ready.set(state.engine.is_ready)
+    state.metrics.engine_waiting.set(state.engine.num_waiting)
+    return PlainTextResponse(state.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+def service_version() -> str:
+    """The package's version; images carry the source alone, without package metadata."""
+    try:
+        return version("sidrec")
+    except PackageNotFoundError:
+        return "unpackaged"
+
+
+async def _or_unavailable(state: State, work: Awaitable[T]) -> T:
+    """Redis failing is a clear 503: nothing was acknowledged, and the same request may be sent again."""
+    try:
+        return await work
+    except HistoryUnavailableError as error:
+        state.metrics.history_failures.inc()
+        raise UnavailableProblem(
+            f"histories cannot be read or written ({error}); nothing was acknowledged, send the request again",
+            kind="history-unavailable",
+        ) from error
+
+
+def _with_deadline(body: R, deadline_ms: int | None) -> R:
+    """The header wins over the default; saying both, and differently, is an error."""
+    if deadline_ms is None or deadline_ms == body.deadline_ms:
+        return body
+    if "deadline_ms" in body.model_fields_set:
+        raise BadRequestProblem(
+            f"deadline_ms is {body.deadline_ms} in the body and {deadline_ms} in x-deadline-ms: send one of them"
+        )
+    return body.model_copy(update={"deadline_ms": deadline_ms})

@@ -1,0 +1,244 @@
+"""The bodies of the HTTP contract. Strict: an unknown field, or a value of another JSON type, is a 422."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from semantic_ids.filters import FilterSpec
+from service.histories import EventType
+
+UserId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+ItemId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+EventId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Category = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Timestamp = Annotated[float, Field(allow_inf_nan=False, ge=-1e12, le=1e12)]
+DeadlineMs = Annotated[int, Field(ge=10, le=60_000)]
+
+MAX_HISTORY = 10_000
+MAX_FILTER_NAMES = 10_000
+
+Reason = Literal[
+    "deadline",
+    "engine_unavailable",
+    "history_unavailable",
+    "cold_start",
+    "filter_matches_nothing",
+    "model_output_repaired",
+]
+Source = Literal["model", "cache", "fallback"]
+Reasoning = Literal["auto", "off", "on"]
+
+
+class Body(BaseModel):
+    """Base of every body that a client sends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class HistoryEvent(Body):
+    """One item of an inline history."""
+
+    item_id: ItemId
+    timestamp: Timestamp | None = None
+    event_type: Annotated[EventType, Field(strict=False)] = EventType.CLICK
+
+
+class ItemFilterBody(Body):
+    """Restrictions on the answer; an absent or empty list means "no such restriction"."""
+
+    include_items: list[ItemId] = Field([], max_length=MAX_FILTER_NAMES)
+    exclude_items: list[ItemId] = Field([], max_length=MAX_FILTER_NAMES)
+    any_categories: list[Category] = Field([], max_length=MAX_FILTER_NAMES)
+    none_categories: list[Category] = Field([], max_length=MAX_FILTER_NAMES)
+
+    def spec(self) -> FilterSpec:
+        """The same by name, for the filter compiler."""
+        return FilterSpec(
+            frozenset(self.include_items),
+            frozenset(self.exclude_items),
+            frozenset(self.any_categories),
+            frozenset(self.none_categories),
+        )
+
+
+class UserRequest(Body):
+    """What `/recommend` and `/rerank` share: whose taste it is, and how long the answer may take."""
+
+    user_id: UserId | None = None
+    history: list[ItemId | HistoryEvent] | None = Field(
+        None,
+        max_length=MAX_HISTORY,
+        description="oldest first; replaces the stored history in the prompt for this call",
+    )
+    reasoning: Reasoning = "auto"
+    include_rationale: bool = False
+    deadline_ms: DeadlineMs = 1_000
+
+    def inline_history(self) -> list[str] | None:
+        """Item ids of the inline history that a prompt shows: dislikes, hides and impressions are no taste."""
+        if self.history is None:
+            return None
+        shown = (EventType.CLICK, EventType.PURCHASE, EventType.LIKE)
+        return [
+            entry if isinstance(entry, str) else entry.item_id
+            for entry in self.history
+            if isinstance(entry, str) or entry.event_type in shown
+        ]
+
+    def inline_exclusions(self) -> list[str]:
+        """Item ids that the inline history dislikes or hides."""
+        disliked = (EventType.DISLIKE, EventType.HIDE)
+        return [
+            entry.item_id for entry in self.history or [] if not isinstance(entry, str) and entry.event_type in disliked
+        ]
+
+
+class RecommendRequest(UserRequest):
+    """POST /recommend."""
+
+    num_items: int = Field(10, ge=1, le=500)
+    filter: ItemFilterBody = ItemFilterBody()
+    exclude_seen: bool = True
+    diversity: float = Field(0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+    exploration: float = Field(0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+
+
+class RerankRequest(UserRequest):
+    """POST /rerank."""
+
+    candidates: list[ItemId] = Field(min_length=1, max_length=500)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        if len(set(self.candidates)) != len(self.candidates):
+            repeated = next(item for index, item in enumerate(self.candidates) if item in self.candidates[:index])
+            raise ValueError(f"candidates must be unique; {repeated!r} appears more than once")
+        return self
+
+
+class EventBody(Body):
+    """One event."""
+
+    event_id: EventId
+    user_id: UserId
+    item_id: ItemId
+    event_type: Annotated[EventType, Field(strict=False)]
+    timestamp: Timestamp
+    recommendation_id: Annotated[str, StringConstraints(max_length=128)] | None = None
+
+
+class EventsRequest(Body):
+    """POST /events."""
+
+    events: list[EventBody] = Field(min_length=1, max_length=1_000)
+
+
+class ExperimentInfo(BaseModel):
+    """The experiment and variant that an answer belongs to."""
+
+    name: str
+    variant: str
+
+
+class Versions(BaseModel):
+    """What an answer was made with."""
+
+    bundle: str
+    catalog_epoch: int
+    prompt: int
+
+
+class RecommendedItem(BaseModel):
+    """One item of a recommendation."""
+
+    item_id: str
+    rank: int
+    score: float | None = Field(description="the SID's log-probability among legal codes; null for fallback items")
+    sid: str
+    title: str
+    source: Source
+    propensity: float
+
+
+class Answer(BaseModel):
+    """What both answers share."""
+
+    recommendation_id: str
+    user_id: str | None
+    rationale: str | None
+    ignored_items: list[str] = Field(description="items of the history that the catalogue does not hold")
+    source: Source
+    degraded: bool
+    reason: Reason | None
+    experiment: ExperimentInfo | None
+    versions: Versions
+    timings_ms: dict[str, float]
+
+
+class RecommendResponse(Answer):
+    """Answer of /recommend, best first."""
+
+    items: list[RecommendedItem]
+
+
+class RerankedItem(BaseModel):
+    """One candidate."""
+
+    item_id: str
+    rank: int
+    score: float | None
+    known: bool
+
+
+class RerankResponse(Answer):
+    """Answer of /rerank: every candidate exactly once, best first, unknown ones last in the order given."""
+
+    items: list[RerankedItem]
+
+
+class RejectedEvent(BaseModel):
+    """An event that was not stored, by its place in the request."""
+
+    index: int
+    reason: str
+
+
+class EventsResponse(BaseModel):
+    """Answer of /events."""
+
+    accepted: int
+    duplicates: int
+    rejected: list[RejectedEvent]
+
+
+class StoredEvent(BaseModel):
+    """One entry of a stored history."""
+
+    item_id: str
+    timestamp: float
+    event_type: EventType
+
+
+class HistoryResponse(BaseModel):
+    """Answer of /users/{user_id}/history, oldest first."""
+
+    user_id: str
+    events: list[StoredEvent]
+
+
+class VersionsResponse(BaseModel):
+    """Answer of /versions."""
+
+    service: str
+    engine: str
+    bundle: str
+    catalog_epoch: int
+    prompt: int
+    num_items: int
+    metrics: dict[str, float]
+
+
+class HealthResponse(BaseModel):
+    """Answer of the health endpoints."""
+
+    status: Literal["live", "ready"]

@@ -1,0 +1,65 @@
+"""Whose taste a request is about: the stored or inline history, cut and resolved to what a prompt shows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_ids.catalog import Catalog
+from semantic_ids.prompt import HistoryItem, PromptRenderer, window_start
+from semantic_ids.trie import Ranks
+from service.histories import Histories, HistoryUnavailableError
+from service.metrics import Metrics
+from service.schemas import UserRequest
+
+
+@dataclass(frozen=True)
+class UserContext:
+    """What a recommendation knows of its user."""
+
+    history: Ranks
+    """Known items of the prompt's window, oldest first."""
+    seen: frozenset[str]
+    excluded: frozenset[str]
+    """Disliked or hidden: never recommended, whatever `exclude_seen` says."""
+    ignored_items: list[str]
+    history_unavailable: bool
+
+
+class UserContexts:
+    """Reads contexts from Redis and requests."""
+
+    def __init__(self, histories: Histories, catalog: Catalog, renderer: PromptRenderer, metrics: Metrics) -> None:
+        self._histories = histories
+        self._catalog = catalog
+        self._renderer = renderer
+        self._metrics = metrics
+
+    async def load(self, request: UserRequest) -> UserContext:
+        """The context of one request. Redis failing is an answer too: what is inline is used, and the flag is set."""
+        seen: frozenset[str] = frozenset()
+        excluded: frozenset[str] = frozenset()
+        shown: list[str] = []
+        total, unavailable = 0, False
+        if request.user_id is not None:
+            try:
+                state = await self._histories.load(request.user_id)
+            except HistoryUnavailableError:
+                self._metrics.history_failures.inc()
+                unavailable = True
+            else:
+                seen, excluded, total = state.seen, state.excluded, state.total
+                shown = [entry.item_id for entry in state.entries]
+        inline = request.inline_history()
+        if inline is not None:
+            seen |= frozenset(inline)
+            excluded |= frozenset(request.inline_exclusions())
+            shown, total = inline, len(inline)
+        first = window_start(total, self._renderer.spec.max_history) - (total - len(shown))
+        ranks, unknown = self._catalog.ranks_of(shown[max(0, first) :])
+        return UserContext(ranks, seen, excluded, list(dict.fromkeys(unknown)), unavailable)
+
+    def prompt(self, context: UserContext) -> np.ndarray:
+        """The prompt's token ids."""
+        catalog = self._catalog
+        items = [HistoryItem(catalog.codes[rank], catalog.titles[rank]) for rank in context.history]
+        return self._renderer.render(items).token_ids
