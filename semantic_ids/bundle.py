@@ -145,7 +145,7 @@ class Bundle:
             catalog = Catalog.load(path / "catalog", manifest.space)
             quantizer = ResidualQuantizer.load(path / "quantizer")
             neighbours = Neighbours.load(path / "neighbours")
-            renderer = make_renderer(manifest.prompt, vocabulary, _text_tokenizer(path / "model"))
+            renderer = make_renderer(manifest.prompt, vocabulary, load_text_tokenizer(path / "model"))
         except (SidError, CatalogError, PromptError, OSError, ValueError) as error:
             raise BundleError(f"bundle {path.name}: {error}") from error
         if quantizer.space != manifest.space:
@@ -280,7 +280,8 @@ def _verify_model_vocabulary(path: Path, vocabulary: SidVocabulary) -> None:
         )
 
 
-def _text_tokenizer(model_folder: Path) -> TextTokenizer | None:
+def load_text_tokenizer(model_folder: Path) -> TextTokenizer | None:
+    """The tokenizer beside a checkpoint, or None where the model knows SID tokens only."""
     path = model_folder / "tokenizer.json"
     if not path.exists():
         return None

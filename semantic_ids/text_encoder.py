@@ -48,7 +48,9 @@ class TextEncoder:
     def __init__(self, name: str) -> None:
         # The packaged model loads sentence-transformers, and that loads torch: seconds, so only where text is embedded.
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         path, revision = _locate(name)
         try:
             self._model = SentenceTransformer(str(path), device="cpu")

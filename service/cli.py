@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +33,7 @@ _IMPORT_TIMEOUT_S = 10.0  # a batch of an import is many events, each synced to 
 
 app = typer.Typer(
     add_completion=False,
+    pretty_exceptions_enable=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="""Serve a bundle over HTTP.
@@ -74,10 +75,8 @@ def run(
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
     config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
     server = uvicorn.Server(config)
-    try:
+    with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
     if (error := web.state.startup_error) is not None:
         raise ServeError(f"the service could not start: {error}") from error
 
@@ -87,6 +86,8 @@ def import_histories(
     file: Annotated[Path, typer.Argument(help="JSON lines: {user_id, events: [[item_id, timestamp, event_type], …]}")],
 ) -> None:
     """Load users' histories into Redis. To import the same file again does nothing."""
+    if not file.exists():
+        raise ServeError(f"{file} does not exist: `sidrec-train pipeline` writes RUN/publish/histories.jsonl")
     settings = _settings()
     configure("warning", "console")
     asyncio.run(_import(settings, file))
@@ -148,8 +149,6 @@ def _print_examples(address: str, histories: Path) -> None:
 
 
 async def _import(settings: Settings, file: Path) -> None:
-    if not file.exists():
-        raise ServeError(f"{file} does not exist: `sidrec-train pipeline` writes RUN/publish/histories.jsonl")
     async with AsyncExitStack() as stack:
         url = settings.redis_url
         try:
@@ -172,7 +171,7 @@ async def _import(settings: Settings, file: Path) -> None:
             await redis.set(marker, 1)
         except (EmbeddedRedisError, HistoryUnavailableError) as error:
             raise ServeError(
-                f"{file} was not imported whole ({error}); import it again, nothing is stored twice"
+                f"{file} was not imported whole ({error}): import it again, nothing is kept twice"
             ) from error
 
 
@@ -187,6 +186,4 @@ def _read_histories(file: Path) -> Iterator[tuple[str, list[HistoryEntry]]]:
                 ]
                 yield str(content["user_id"]), entries
             except (ValueError, KeyError, TypeError) as error:
-                raise ServeError(
-                    f"{file}, line {number}: {error}; write it anew with `sidrec-train publish`"
-                ) from error
+                raise ServeError(f"{file}, line {number}: {error}; make it with `sidrec-train publish`") from error

@@ -155,7 +155,7 @@ async def live() -> HealthResponse:
     return HealthResponse(status="live")
 
 
-@operations.get("/health/ready", responses={503: _PROBLEM})  # type: ignore[dict-item]
+@operations.get("/health/ready", responses={503: _PROBLEM})
 @operations.get("/v2/health/ready", include_in_schema=False)
 async def ready(state: StateDep) -> HealthResponse:
     """A bundle is loaded, the engine has decoded a canary SID, and Redis answers."""

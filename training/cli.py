@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="""Make a recommender from interactions and item texts.
 
-    `sidrec-train pipeline --data DIR --out RUN` runs everything and publishes a bundle that `sidrec-serve` serves. Every
-    stage is also a command of its own; it first runs whatever it needs that is not there yet, so any of them may be
-    called first, called again, or killed and started again.
+    `sidrec-train pipeline --data DIR --out RUN` runs everything and publishes a bundle that `sidrec-serve` serves.
+    Every stage is also a command of its own; it first runs whatever it needs that is not there yet, so any of them
+    may be called first, called again, or killed and started again.
 
-    **DIR** holds `interactions.csv` or `.parquet` (user_id, item_id, timestamp, and perhaps event_type) and `items.csv`,
-    `.jsonl` or `.parquet` (item_id, title, and perhaps categories, description, …). **RUN** is where everything goes.
+    **DIR** holds `interactions.csv` or `.parquet` (user_id, item_id, timestamp, and perhaps event_type) and
+    `items.csv`, `.jsonl` or `.parquet` (item_id, title, and perhaps categories, description, …). **RUN** is where
+    everything goes.
     """,
 )
 

@@ -16,7 +16,6 @@ from pydantic import Field, PositiveInt
 
 from semantic_ids.catalog import Catalog
 from semantic_ids.decoding.beam import ScoredItems, constrained_beam
-from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
 from semantic_ids.prompt import window_start
 from training.collaborative import (
@@ -33,7 +32,15 @@ from training.collaborative import (
     load_popularity,
     load_sasrec,
 )
-from training.metrics import RankingMetrics, bootstrap_mean, coverage, gini, metrics_of_ranks, paired_bootstrap
+from training.metrics import (
+    RankingMetrics,
+    bootstrap_mean,
+    coverage,
+    gini,
+    metrics_of_ranks,
+    paired_bootstrap,
+    rank_of_a_miss,
+)
 from training.sequences import Sequences
 from training.sft import TrainedModel, history_items
 from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar
@@ -164,7 +171,7 @@ def run(
 
 @dataclass(frozen=True)
 class RankedLists:
-    """Per user of a split; a rank of N is a miss."""
+    """Per user of a split; a miss has `rank_of_a_miss`."""
 
     masked_ranks: npt.NDArray[np.int64]
     unmasked_ranks: npt.NDArray[np.int64]
@@ -177,15 +184,15 @@ class GenerativeRanker:
     """A trained model with its catalogue and prompts, ranking whole splits."""
 
     def __init__(self, trained: TrainedModel, catalog: Catalog) -> None:
-        self.decoder = TreeDecoder(trained.load_model(), trained.vocabulary)
+        self.decoder = trained.load_decoder()
         self.renderer = trained.renderer
         self.catalog = catalog
         self._items = history_items(catalog)
 
     def rank_all(self, histories: Sequences, targets: npt.NDArray[np.int32], config: EvaluationConfig) -> RankedLists:
         """Beams for every user; batches hold histories of like length."""
-        num_users, num_items = len(targets), len(self.catalog)
-        masked_ranks, unmasked_ranks = np.full(num_users, num_items), np.full(num_users, num_items)
+        num_users, missing = len(targets), rank_of_a_miss(len(self.catalog))
+        masked_ranks, unmasked_ranks = np.full(num_users, missing), np.full(num_users, missing)
         sid_hits, likelihood = np.zeros(num_users, np.bool_), np.zeros(num_users)
         first_ten = np.full((num_users, 10), -1, np.int32)
         order = np.argsort(histories.lengths, kind="stable")
@@ -197,8 +204,8 @@ class GenerativeRanker:
                 for user, lists in zip(users, self._rank(batch, targets[users], width), strict=True):
                     masked, unmasked, score = lists
                     target = targets[user]
-                    masked_ranks[user] = _place(masked.ranks, target, num_items)
-                    unmasked_ranks[user] = _place(unmasked.ranks, target, num_items)
+                    masked_ranks[user] = _place(masked.ranks, target, missing)
+                    unmasked_ranks[user] = _place(unmasked.ranks, target, missing)
                     top = masked.ranks[:10]
                     first_ten[user, : len(top)] = top
                     sid_hits[user] = (self.catalog.codes[top] == self.catalog.codes[target]).all(axis=1).any()

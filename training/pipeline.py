@@ -18,10 +18,15 @@ from pydantic import ValidationError
 
 from semantic_ids.bundle import BundleParts
 from training import collaborative, evaluation, interactions, item_vectors, publish, sft, tokenizer
-from training.interactions import Dataset
+from training.collaborative import CollaborativeConfig
+from training.evaluation import EvaluationConfig
+from training.interactions import DataConfig, Dataset
+from training.item_vectors import VectorsConfig
+from training.publish import PublishConfig
 from training.sequences import Sequences
+from training.sft import SftConfig
 from training.stage import StageConfig, StageError, StageFolder, Summary, write_atomically
-from training.tokenizer import TokenizedCatalog
+from training.tokenizer import TokenizedCatalog, TokenizerConfig
 
 StageName = Literal["data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish"]
 STAGES: tuple[StageName, ...] = ("data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish")
@@ -32,13 +37,13 @@ CONFIGS = Path(__file__).parent / "configs"
 class PipelineConfig(StageConfig):
     """One section per stage."""
 
-    data: interactions.DataConfig = interactions.DataConfig()
-    vectors: item_vectors.VectorsConfig = item_vectors.VectorsConfig()
-    collaborative: collaborative.CollaborativeConfig = collaborative.CollaborativeConfig()
-    tokenizer: tokenizer.TokenizerConfig = tokenizer.TokenizerConfig()
-    sft: sft.SftConfig = sft.SftConfig()
-    evaluate: evaluation.EvaluationConfig = evaluation.EvaluationConfig()
-    publish: publish.PublishConfig = publish.PublishConfig()
+    data: DataConfig = DataConfig()
+    vectors: VectorsConfig = VectorsConfig()
+    collaborative: CollaborativeConfig = CollaborativeConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sft: SftConfig = SftConfig()
+    evaluate: EvaluationConfig = EvaluationConfig()
+    publish: PublishConfig = PublishConfig()
 
     @property
     def content_hash(self) -> str:

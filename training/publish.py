@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import Field
-from transformers import AutoModelForCausalLM
 
 from semantic_ids.bundle import MANIFEST, Bundle, BundleError, BundleParts, current_id, publish
 from semantic_ids.decoding.beam import constrained_beam
@@ -69,8 +67,7 @@ def is_still_there(summary: PublishSummary, bundles: Path) -> bool:
 
 def try_out(bundle: Bundle) -> None:
     """Answer one request from the reloaded bundle; `BundleError` if the answer is not ten legal, unseen items."""
-    model = AutoModelForCausalLM.from_pretrained(bundle.model_folder, dtype=torch.float32)
-    decoder = TreeDecoder(model, bundle.vocabulary)
+    decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary)
     history = bundle.catalog.by_popularity[: min(3, len(bundle.catalog) - 1)]
     items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     unseen = ItemFilter.of(len(bundle.catalog), deny=history)

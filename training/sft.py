@@ -21,11 +21,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers.utils.logging import disable_progress_bar
 
 from semantic_ids.bundle import FileTokenizer, load_text_tokenizer
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
+from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
@@ -109,9 +111,9 @@ class TrainedModel:
         vocabulary = SidVocabulary(catalog.space, vocab_size - catalog.space.num_tokens, vocab_size)
         return cls(path / MODEL, vocabulary, make_renderer(spec, vocabulary, load_text_tokenizer(path / MODEL)))
 
-    def load_model(self) -> PreTrainedModel:
-        """The model in float32."""
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+    def load_decoder(self) -> TreeDecoder:
+        """The model, ready to decode, in float32."""
+        return TreeDecoder.load(self.folder, self.vocabulary)
 
 
 def run(
@@ -125,6 +127,7 @@ def run(
 
     Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit.
     """
+    disable_progress_bar()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model, vocabulary, renderer = build_model(config, catalog, folder.path)

@@ -12,11 +12,14 @@ the mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from semantic_ids.codes import SidError, SidVocabulary, TokenIds
 
@@ -48,6 +51,14 @@ class TreeDecoder:
         self.model = model.train(False)
         self.vocabulary = vocabulary
         self._pad_token_id = pad_token_id
+
+    @classmethod
+    def load(
+        cls, model_folder: Path, vocabulary: SidVocabulary, dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> "TreeDecoder":
+        """The decoder of a transformers checkpoint."""
+        disable_progress_bar()  # a loaded model is a detail of something larger, which shows its own progress
+        return cls(AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)), vocabulary)
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import structlog
 import torch
-from transformers import AutoModelForCausalLM
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.beam import BeamWork, constrained_beam
@@ -122,9 +121,7 @@ class LocalEngine:
 
     def _load(self) -> TreeDecoder:
         torch.set_num_threads(self._config.threads)
-        dtype = getattr(torch, self._config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(self._bundle.model_folder, dtype=dtype)
-        return TreeDecoder(model, self._bundle.vocabulary)
+        return TreeDecoder.load(self._bundle.model_folder, self._bundle.vocabulary, self._config.dtype)
 
     def _check(self, request: DecodeRequest) -> None:
         """Refuse alone what would fail a whole batch."""

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -289,6 +290,16 @@ async def test_a_foreign_socket_directory_is_refused(tmp_path: Path, monkeypatch
     (tmp_path / f"sidrec-{os.getuid()}").mkdir(mode=0o755)
     with pytest.raises(EmbeddedRedisError, match="not a directory that only you can enter"):
         await EmbeddedRedis(tmp_path / "data").start()
+
+
+async def test_any_temporary_directory_makes_a_url_that_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    awkward = Path("/tmp") / f"a b%20?#{os.getpid()}"
+    monkeypatch.setattr("tempfile.tempdir", str(awkward))
+    await asyncio.to_thread(awkward.mkdir)
+    server = EmbeddedRedis(tmp_path)
+    assert await answers(await server.start())
+    await server.stop()
+    await asyncio.to_thread(shutil.rmtree, awkward)
 
 
 async def test_without_any_binary_every_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
