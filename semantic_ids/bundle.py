@@ -14,6 +14,7 @@ and says which.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CURRENT = "current"
 _STAGING = ".staging-"
+_BUNDLE_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 
 
 class BundleError(Exception):
@@ -146,6 +148,7 @@ class Bundle:
             quantizer = ResidualQuantizer.load(path / "quantizer")
             neighbours = Neighbours.load(path / "neighbours")
             renderer = make_renderer(manifest.prompt, vocabulary, load_text_tokenizer(path / "model"))
+            _verify_model_vocabulary(path, vocabulary)
         except (SidError, CatalogError, PromptError, OSError, ValueError) as error:
             raise BundleError(f"bundle {path.name}: {error}") from error
         if quantizer.space != manifest.space:
@@ -156,7 +159,6 @@ class Bundle:
             raise BundleError(
                 f"bundle {path.name}: its tables do not hold the {manifest.num_items} items of its manifest"
             )
-        _verify_model_vocabulary(path, vocabulary)
         return cls(path, manifest, catalog, quantizer, neighbours, renderer)
 
     @classmethod
@@ -175,7 +177,7 @@ def current_id(root: Path) -> str:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{root / CURRENT} cannot be read: {error}") from error
-    if not bundle_id or Path(bundle_id).name != bundle_id or bundle_id.startswith("."):
+    if not _BUNDLE_ID.fullmatch(bundle_id):
         raise BundleError(f"{root / CURRENT} holds {bundle_id!r}, which is not a bundle id: activate a bundle anew")
     return bundle_id
 
@@ -223,6 +225,8 @@ def publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], *
 
 def activate(root: Path, bundle_id: str) -> None:
     """Point `current` at a bundle that loads; this is also the rollback."""
+    if not _BUNDLE_ID.fullmatch(bundle_id):
+        raise BundleError(f"{bundle_id!r} is not a bundle id: name a folder of {root}, such as 20261122T013000Z-0a1b2c3d4e5f")
     Bundle.load(root / bundle_id)
     temporary = root / f".{CURRENT}.{os.getpid()}"
     temporary.write_text(bundle_id + "\n", encoding="utf-8")
@@ -265,7 +269,11 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
     if unlisted := sorted(present - set(manifest.files)):
         raise BundleError(f"bundle {path.name}: {unlisted[0]} is not in its manifest: remove it or publish again")
     for name, record in manifest.files.items():
-        if _record(path / name) != record:
+        try:
+            found = _record(path / name)
+        except OSError as error:
+            raise BundleError(f"bundle {path.name}: {name} cannot be read ({error}): publish it again") from error
+        if found != record:
             raise BundleError(
                 f"bundle {path.name}: {name} was changed after publication: publish it again or roll back"
             )

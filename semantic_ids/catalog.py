@@ -166,7 +166,7 @@ class Catalog:
             columns: dict[str, Any] = {name: map_array(folder, name) for name in _ARRAYS}
             columns |= {name: StringColumn.map(folder, name) for name in _STRINGS}
             catalog = cls(space=space, trie=trie, **columns)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise CatalogError(f"the catalogue in {folder} cannot be read: {error}") from error
         if (
             catalog.codes.ndim != 2
@@ -182,8 +182,10 @@ class Catalog:
 
 
 def hash_ids(item_ids: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each id, the same in every process."""
-    digests = b"".join(hashlib.blake2b(item_id.encode(), digest_size=8).digest() for item_id in item_ids)
+    """A 64-bit hash of each id, the same in every process; of any string, since ids come from outside."""
+    digests = b"".join(
+        hashlib.blake2b(item_id.encode(errors="surrogatepass"), digest_size=8).digest() for item_id in item_ids
+    )
     return np.frombuffer(digests, np.dtype("<u8")).astype(np.uint64)
 
 

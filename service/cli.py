@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
+from semantic_ids.bundle import MANIFEST, BundleError, activate, current_id
 from service.histories import EventType, Histories, HistoryEntry, HistoryUnavailableError, connect
 from service.logs import configure
 from service.redis_keys import import_marker
@@ -91,6 +92,23 @@ def import_histories(
     settings = _settings()
     configure("warning", "console")
     asyncio.run(_import(settings, file))
+
+
+@app.command("activate")
+def activate_bundle(
+    bundle_id: Annotated[str | None, typer.Argument(help="The bundle; absent: list the published ones.")] = None,
+) -> None:
+    """Make a published bundle current, after checking it: a switch or a rollback, in force from the next start."""
+    bundles = _settings().bundles
+    try:
+        if bundle_id is not None:
+            activate(bundles, bundle_id)
+        current = current_id(bundles)
+    except BundleError as error:
+        raise ServeError(str(error)) from error
+    for manifest in sorted(bundles.glob(f"*/{MANIFEST}")):
+        name = manifest.parent.name
+        console.print(f"{'→' if name == current else ' '} {name}", highlight=False)
 
 
 @app.command("hash-key")

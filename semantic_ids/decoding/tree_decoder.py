@@ -48,6 +48,9 @@ class TreeDecoder:
         size = model.config.get_text_config().vocab_size
         if size != vocabulary.vocab_size:
             raise SidError(f"the model's vocabulary of {size} is not the SID vocabulary's {vocabulary.vocab_size}")
+        attention = model.config._attn_implementation
+        if attention != "sdpa":  # another one reads the tree mask differently, and answers wrongly without a word
+            raise ValueError(f"the tree mask needs attention implementation 'sdpa', and this model has {attention!r}")
         self.model = model.train(False)
         self.vocabulary = vocabulary
         self._pad_token_id = pad_token_id

@@ -1,0 +1,63 @@
+# Everything a newcomer runs. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+# Own data: make demo DATA=dir, with interactions.csv|parquet and items.csv|jsonl|parquet.
+DATA ?=
+RUN ?= runs/$(if $(DATA),$(notdir $(abspath $(DATA))),demo)
+CONFIG ?= demo
+
+export VENV
+
+.PHONY: help setup demo test lint bench-trie bench-engine bench-http constraints clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with what the demo needs
+	@scripts/bootstrap.sh service,training
+
+demo: setup ## train on MovieLens-100K (or DATA=dir), publish, serve on 127.0.0.1:$PORT
+	@$(if $(DATA),,$(BIN)/sidrec-train demo-data $(RUN)/input)
+	@$(BIN)/sidrec-train pipeline --config $(CONFIG) --data $(if $(DATA),$(DATA),$(RUN)/input) --out $(RUN) $(ARGS)
+	@export SIDREC_BUNDLES=$(RUN)/bundles SIDREC_DATA_DIR=$(RUN)/redis SIDREC_PORT=$(PORT) SIDREC_LOG_FORMAT=console SIDREC_LOG_LEVEL=$${SIDREC_LOG_LEVEL:-warning}; \
+	$(BIN)/sidrec-serve import-histories $(RUN)/publish/histories.jsonl && \
+	exec $(BIN)/sidrec-serve run --examples $(RUN)/publish/histories.jsonl
+
+test: ## all checks and tests (installs what they need)
+	@scripts/bootstrap.sh dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: ## format and fix
+	@scripts/bootstrap.sh dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-trie: ## build time and size of the SID trie, at 1M and 20M items
+	@scripts/bootstrap.sh dev
+	@$(BIN)/python -m tests.benchmarks.trie
+
+bench-engine: ## the local engine against one that repeats the prompt's KV for every beam
+	@scripts/bootstrap.sh dev
+	@$(BIN)/python -m tests.benchmarks.engine
+
+bench-http: ## HTTP latency, saturation and memory with an engine that answers at once (about 5 minutes)
+	@scripts/bootstrap.sh dev
+	@$(BIN)/python -m tests.benchmarks.http
+
+constraints: ## resolve every package anew and pin it
+	@scripts/bootstrap.sh dev
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --extra dev --no-annotate --no-header \
+	  --no-emit-package torch --no-emit-package triton pyproject.toml | grep -vE '^(nvidia|cuda)-' > requirements/constraints.txt.new
+	@echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" >> requirements/constraints.txt.new
+	@mv requirements/constraints.txt.new requirements/constraints.txt
+
+clean: ## remove .venv, runs and caches
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

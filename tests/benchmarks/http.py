@@ -1,0 +1,161 @@
+"""Latency, throughput and memory of the HTTP service round an engine that answers at once: `make bench-http`.
+
+One run, one server: no-load latency, saturation, Poisson arrivals at half of it, then 100,000 requests of which the
+last 80,000 must not grow the process. A request is POST /recommend, 10 items, for a user with a stored history in the
+real embedded Redis. REQUESTS=2000 shrinks every phase in proportion, to see that it runs; its numbers mean little.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks.load import Load, Response, connections, poisson_arrivals, post, precise_event_loop
+from tests.benchmarks.report import report
+from tests.benchmarks.small_bundle import publish_small_bundle, store_histories, user_id
+
+NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10
+REQUESTS = int(os.environ.get("REQUESTS", "100000"))
+SCALE = min(1.0, REQUESTS / 100_000)
+WARM_UP_REQUESTS, NO_LOAD_REQUESTS = 500, max(50, round(3_000 * SCALE))
+SATURATION_S, HALF_LOAD_S = max(0.2, 3 * SCALE), max(1.0, 20 * SCALE)
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
+MEMORY_CONCURRENCY, MEMORY_SAMPLES = 4, 100
+SERVER_STOP_S = 30
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Resident memory of the server over the last 80 % of the requests."""
+
+    kib_per_1000: float
+    first_kib: int
+    last_kib: int
+
+
+async def measure(port: int, server_pid: int) -> dict[str, float | int | str]:
+    """All phases on one server."""
+    users = np.random.default_rng(2).permutation(NUM_USERS)
+    messages = [
+        post("/recommend", json.dumps({"user_id": user_id(user), "num_items": ANSWER_ITEMS}).encode()) for user in users
+    ]
+    async with connections(port, max(CONCURRENCIES)) as opened:
+        load = Load(opened, messages, is_whole_answer)
+        await load.closed_loop(1, num_requests=WARM_UP_REQUESTS)
+        no_load = await load.closed_loop(1, num_requests=NO_LOAD_REQUESTS)
+        closed = {width: await load.closed_loop(width, seconds=SATURATION_S) for width in CONCURRENCIES}
+        best = max(closed, key=lambda width: closed[width].per_second)
+        saturation_rps = closed[best].per_second
+        half = await load.open_loop(poisson_arrivals(saturation_rps / 2, HALF_LOAD_S, seed=3))
+        growth, num_memory_errors = await memory_growth(load, server_pid)
+    return {
+        "no_load_p50_ms": no_load.percentile_ms(50),
+        "no_load_p99_ms": no_load.percentile_ms(99),
+        "saturation_rps": saturation_rps,
+        "saturation_concurrency": best,
+        "half_load_rps": half.per_second,
+        "half_load_p50_ms": half.percentile_ms(50),
+        "half_load_p99_ms": half.percentile_ms(99),
+        "half_load_p50_over_no_load": half.percentile_ms(50) / no_load.percentile_ms(50),
+        "rss_growth_kib_per_1000": growth.kib_per_1000,
+        "rss_first_kib": growth.first_kib,
+        "rss_last_kib": growth.last_kib,
+        "memory_requests": REQUESTS,
+        "errors": num_memory_errors + sum(phase.num_errors for phase in (no_load, half, *closed.values())),
+    }
+
+
+async def memory_growth(load: Load, server_pid: int) -> tuple[Growth, int]:
+    """The slope of a line through the samples, so that one page more or less at either end decides nothing."""
+    num_answered, rss_kib, num_errors = [0], [resident_kib(server_pid)], 0
+    for _ in range(MEMORY_SAMPLES):
+        measured = await load.closed_loop(MEMORY_CONCURRENCY, num_requests=REQUESTS // MEMORY_SAMPLES)
+        num_answered.append(num_answered[-1] + len(measured.latencies))
+        rss_kib.append(resident_kib(server_pid))
+        num_errors += measured.num_errors
+    counted = [place for place, number in enumerate(num_answered) if number >= 0.2 * num_answered[-1]]
+    thousands = np.array(num_answered)[counted] / 1000
+    slope = float(np.polyfit(thousands, np.array(rss_kib)[counted], deg=1)[0])
+    return Growth(slope, rss_kib[counted[0]], rss_kib[-1]), num_errors
+
+
+def resident_kib(pid: int) -> int:
+    """Exact, from smaps_rollup: the counters in /proc/PID/status lag behind by some pages per CPU."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    (kib,) = re.findall(r"^Rss: +(\d+) kB$", text, re.MULTILINE)
+    return int(kib)
+
+
+def is_whole_answer(response: Response) -> bool:
+    """200, by the model, and every item that was asked for."""
+    return (
+        response.status == 200
+        and b'"degraded":false' in response.body
+        and response.body.count(b'"item_id":') == ANSWER_ITEMS
+    )
+
+
+@asynccontextmanager
+async def running_server(folder: Path) -> AsyncIterator[tuple[int, int]]:
+    """Port and process id of a server on `folder`; stopped at the end, whatever happens."""
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.benchmarks.instant_service", str(folder), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert server.stdout is not None
+        line = await server.stdout.readline()
+        if not line:
+            raise SystemExit("the server did not start: its own message is above")
+        yield int(line), server.pid
+    finally:
+        with suppress(ProcessLookupError):
+            server.terminate()
+        try:
+            async with asyncio.timeout(SERVER_STOP_S):
+                await server.wait()
+        except TimeoutError:
+            server.kill()
+            await server.wait()
+
+
+async def run() -> dict[str, float | int | str]:
+    """Prepare, serve, measure, clean up."""
+    with tempfile.TemporaryDirectory(prefix="sidrec-bench-http-") as name:
+        folder = Path(name)
+        publish_small_bundle(folder / "bundles", NUM_ITEMS)
+        await store_histories(folder / "redis", NUM_USERS, NUM_ITEMS)
+        gc.freeze()  # torch's objects: a collection of them all would stop the client for tens of milliseconds
+        async with running_server(folder) as (port, pid):
+            return await measure(port, pid)
+
+
+def main() -> None:
+    """Ctrl-C and SIGTERM end it cleanly."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with asyncio.Runner(loop_factory=precise_event_loop) as runner:
+            results = runner.run(run())
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    notes = {
+        "saturation_rps": "closed loop, the best concurrency",
+        "half_load_p50_ms": "from the scheduled arrival",
+        "half_load_p50_over_no_load": "≤ 3",
+        "rss_growth_kib_per_1000": "< 1, over the last 80 %",
+        "errors": "0",
+    }
+    report(f"POST /recommend, {ANSWER_ITEMS} items of {NUM_ITEMS:,}, an engine that answers at once", results, notes)
+
+
+if __name__ == "__main__":
+    main()

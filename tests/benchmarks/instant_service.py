@@ -1,0 +1,74 @@
+"""The real application round an engine that answers at once: the server of `bench-http`, in a process of its own.
+
+`python -m tests.benchmarks.instant_service FOLDER` serves FOLDER/bundles and FOLDER/redis under uvicorn as
+`sidrec-serve run` does, on a free port, which it writes to stdout once it is ready.
+"""
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from semantic_ids.bundle import Bundle
+from service.app import create_app
+from service.engine.base import DecodeRequest, DecodeResult
+from service.logs import configure
+from service.metrics import Metrics
+from service.settings import Settings
+from service.state import State
+
+
+class InstantEngine:
+    """The most popular items that a request may get. Serves requests without a filter of their own."""
+
+    name = "instant"
+    is_ready = True
+    num_waiting = 0
+
+    def __init__(self, bundle: Bundle, _settings: Settings, _metrics: Metrics) -> None:
+        self._by_popularity = bundle.catalog.by_popularity
+        self._scores = -np.arange(len(bundle.catalog), dtype=np.float32)
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        """Only seen items are denied, so this many candidates always hold `width` eligible ones."""
+        candidates = self._by_popularity[: request.width + len(request.item_filter.deny)]
+        ranks = candidates[request.item_filter.contains(candidates)][: request.width]
+        return DecodeResult(ranks, self._scores[: len(ranks)])
+
+    async def stop(self) -> None:
+        """Nothing to free."""
+
+
+def settings_in(folder: Path) -> Settings:
+    """Settings that no environment variable changes in what matters here."""
+    return Settings(
+        bundles=folder / "bundles", data_dir=folder / "redis", redis_url=None, api_key_hashes=(), log_level="warning"
+    )
+
+
+def main() -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    settings = settings_in(Path(sys.argv[1]))
+    configure(settings.log_level, settings.log_format)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def on_ready(_state: State) -> None:
+        sys.stdout.write(f"{listener.getsockname()[1]}\n")
+        sys.stdout.flush()
+
+    web = create_app(settings, engine_factory=InstantEngine, on_ready=on_ready)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+    config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
+    uvicorn.Server(config).run(sockets=[listener])
+    if web.state.startup_error is not None:
+        raise SystemExit(f"the service could not start: {web.state.startup_error}")
+
+
+if __name__ == "__main__":
+    main()
