@@ -226,7 +226,7 @@ def publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], *
 def activate(root: Path, bundle_id: str) -> None:
     """Point `current` at a bundle that loads; this is also the rollback."""
     if not _BUNDLE_ID.fullmatch(bundle_id):
-        raise BundleError(f"{bundle_id!r} is not a bundle id: name a folder of {root}, such as 20261122T013000Z-0a1b2c3d4e5f")
+        raise BundleError(f"{bundle_id!r} is not a bundle id: give the name of a bundle's folder in {root}")
     Bundle.load(root / bundle_id)
     temporary = root / f".{CURRENT}.{os.getpid()}"
     temporary.write_text(bundle_id + "\n", encoding="utf-8")

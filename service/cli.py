@@ -5,15 +5,18 @@ import hashlib
 import json
 import logging
 import secrets
+import shlex
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import Progress
 
@@ -65,18 +68,19 @@ def run(
     configure(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
+    example = _first_history(examples) if examples is not None else None
 
     def on_ready(state: "State") -> None:
         console.print(f"\nServing bundle [bold]{state.bundle.bundle_id}[/] on [bold]{address}[/]  (Ctrl-C stops it)")
-        if examples is not None:
-            _print_examples(address, examples)
+        if example is not None:
+            _print_examples(address, *example)
 
     web = create_app(settings, on_ready=on_ready)
     # Requests are in the metrics, faults in our own log; uvicorn's lines would say both again.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
     config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
     server = uvicorn.Server(config)
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn exits by itself when the start fails
         server.run(sockets=[listener])
     if (error := web.state.startup_error) is not None:
         raise ServeError(f"the service could not start: {error}") from error
@@ -128,7 +132,7 @@ def main() -> None:
         app()
     except ServeError as error:
         console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -155,15 +159,20 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _print_examples(address: str, histories: Path) -> None:
-    user_id, entries = next(iter(_read_histories(histories)))
-    candidates = json.dumps([entry.item_id for entry in entries[:5]])
+def _print_examples(address: str, user_id: str, entries: list[HistoryEntry]) -> None:
+    candidates = json.dumps(list(dict.fromkeys(entry.item_id for entry in entries))[:5])
     for path, body in (
         ("recommend", f'{{"user_id": {json.dumps(user_id)}, "num_items": 10}}'),
         ("rerank", f'{{"user_id": {json.dumps(user_id)}, "candidates": {candidates}}}'),
     ):
-        command = f"curl -s {address}/{path} -H 'content-type: application/json' -d '{body}'"
+        command = f"curl -s {address}/{path} -H 'content-type: application/json' -d {shlex.quote(body)}"
         console.print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+def _first_history(file: Path) -> tuple[str, list[HistoryEntry]]:
+    for history in _read_histories(file):
+        return history
+    raise ServeError(f"{file} holds no history: make it with `sidrec-train publish`")
 
 
 async def _import(settings: Settings, file: Path) -> None:
@@ -187,14 +196,14 @@ async def _import(settings: Settings, file: Path) -> None:
                 task = progress.add_task("import histories", total=sum(len(entries) for _, entries in users))
                 await histories.import_histories(users, lambda count: progress.advance(task, count))
             await redis.set(marker, 1)
-        except (EmbeddedRedisError, HistoryUnavailableError) as error:
+        except (EmbeddedRedisError, HistoryUnavailableError, RedisError, OSError) as error:
             raise ServeError(
                 f"{file} was not imported whole ({error}): import it again, nothing is kept twice"
             ) from error
 
 
 def _read_histories(file: Path) -> Iterator[tuple[str, list[HistoryEntry]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 content = json.loads(line)
@@ -202,6 +211,8 @@ def _read_histories(file: Path) -> Iterator[tuple[str, list[HistoryEntry]]]:
                     HistoryEntry(str(item_id), float(timestamp), EventType(event_type))
                     for item_id, timestamp, event_type in content["events"]
                 ]
+                if not all(isfinite(entry.timestamp) for entry in entries):
+                    raise ValueError("a timestamp is not a finite number")
                 yield str(content["user_id"]), entries
             except (ValueError, KeyError, TypeError) as error:
                 raise ServeError(f"{file}, line {number}: {error}; make it with `sidrec-train publish`") from error

@@ -8,6 +8,7 @@ Problem                     status  type
 """
 
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -95,16 +96,10 @@ def install(app: FastAPI) -> None:
         return _respond(request, 422, "invalid-request", "Invalid request", detail, errors)
 
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        title = str(error.detail)
+        title = HTTPStatus(error.status_code).phrase
         kind = title.lower().replace(" ", "-")
-        return _respond(
-            request,
-            error.status_code,
-            kind,
-            title,
-            f"{request.method} {request.url.path}: {title}",
-            headers=error.headers,
-        )
+        detail = f"{request.method} {request.scope['path']}: {error.detail}"
+        return _respond(request, error.status_code, kind, title, detail, headers=error.headers)
 
     app.add_exception_handler(Problem, on_problem)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]

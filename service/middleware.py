@@ -2,6 +2,7 @@
 
 import re
 import time
+from http import HTTPMethod
 
 import structlog
 from starlette.datastructures import MutableHeaders
@@ -15,6 +16,7 @@ from service.recommender import new_ulid
 log = structlog.get_logger(__name__)
 
 _GIVEN_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_METHODS = frozenset(HTTPMethod)
 
 
 class Instrumented:
@@ -58,11 +60,12 @@ class Instrumented:
             await errors.unexpected(Request(scope))(scope, receive, instrumented_send)
         finally:
             route = _route_of(scope)
-            self._metrics.requests.labels(scope["method"], route, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"  # a caller may invent methods
+            self._metrics.requests.labels(method, route, status).inc()
             self._metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
 
 
 def _route_of(scope: Scope) -> str:
     """The route's template, so that ids in paths make no new label; one label for all that matches none."""
     route = scope.get("route")
-    return str(getattr(route, "path", "unmatched"))
+    return str(getattr(route, "path_format", "unmatched"))

@@ -67,7 +67,7 @@ class Recommender:
         """At most `num_items` eligible items, best first; never an item outside catalogue, filter and unseen."""
         _refuse_unsupported(request)
         clock = _Clock(request.deadline_ms)
-        context = await clock.timed("history", self._contexts.load(request))
+        context = await clock.timed("history", self._contexts.load(request, clock.left_s()))
         deny = context.excluded | (context.seen if request.exclude_seen else frozenset())
         item_filter = self._filters.compile(request.filter.spec(), deny)
         wanted = min(request.num_items, item_filter.num_eligible)
@@ -82,7 +82,7 @@ class Recommender:
         """Every candidate once, by the same score as `recommend` gives it; unknown ones last in the order given."""
         _refuse_unsupported(request)
         clock = _Clock(request.deadline_ms)
-        context = await clock.timed("history", self._contexts.load(request))
+        context = await clock.timed("history", self._contexts.load(request, clock.left_s()))
         ranks, unknown = self._catalog.ranks_of(request.candidates)
         if len(ranks) == 0:
             decoded = Decoded(None, None)

@@ -117,7 +117,7 @@ async def record_events(body: EventsRequest, state: StateDep) -> EventsResponse:
     return EventsResponse(accepted=accepted, duplicates=len(stored) - accepted, rejected=rejected)
 
 
-@api.get("/users/{user_id}/history", tags=["users"])
+@api.get("/users/{user_id:path}/history", tags=["users"])
 async def user_history(user_id: UserId, state: StateDep) -> HistoryResponse:
     """The stored history, oldest first; an unknown user's is empty."""
     entries = await _or_unavailable(state, state.histories.history(user_id))
@@ -127,7 +127,7 @@ async def user_history(user_id: UserId, state: StateDep) -> HistoryResponse:
     return HistoryResponse(user_id=user_id, events=events)
 
 
-@api.delete("/users/{user_id}", tags=["users"], status_code=204)
+@api.delete("/users/{user_id:path}", tags=["users"], status_code=204)
 async def erase_user(user_id: UserId, state: StateDep) -> None:
     """Erase every key of the user."""
     await _or_unavailable(state, state.histories.erase(user_id))

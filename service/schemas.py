@@ -85,6 +85,10 @@ class UserRequest(Body):
             if isinstance(entry, str) or entry.event_type in shown
         ]
 
+    def inline_items(self) -> list[str]:
+        """Every item id that the inline history names."""
+        return [entry if isinstance(entry, str) else entry.item_id for entry in self.history or []]
+
     def inline_exclusions(self) -> list[str]:
         """Item ids that the inline history dislikes or hides."""
         disliked = (EventType.DISLIKE, EventType.HIDE)

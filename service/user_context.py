@@ -1,5 +1,6 @@
 """Whose taste a request is about: the stored or inline history, cut and resolved to what a prompt shows."""
 
+import asyncio
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +35,20 @@ class UserContexts:
         self._renderer = renderer
         self._metrics = metrics
 
-    async def load(self, request: UserRequest) -> UserContext:
-        """The context of one request. Redis failing is an answer too: what is inline is used, and the flag is set."""
+    async def load(self, request: UserRequest, timeout_s: float) -> UserContext:
+        """The context of one request. Redis failing is an answer too: what is inline is used, and the flag is set.
+
+        Redis is not waited for longer than `timeout_s`, what is left of the request's deadline.
+        """
         seen: frozenset[str] = frozenset()
         excluded: frozenset[str] = frozenset()
         shown: list[str] = []
         total, unavailable = 0, False
         if request.user_id is not None:
             try:
-                state = await self._histories.load(request.user_id)
-            except HistoryUnavailableError:
+                async with asyncio.timeout(timeout_s):
+                    state = await self._histories.load(request.user_id)
+            except (HistoryUnavailableError, TimeoutError):
                 self._metrics.history_failures.inc()
                 unavailable = True
             else:
@@ -56,6 +61,8 @@ class UserContexts:
             shown, total = inline, len(inline)
         first = window_start(total, self._renderer.spec.max_history) - (total - len(shown))
         ranks, unknown = self._catalog.ranks_of(shown[max(0, first) :])
+        if inline is not None:  # what the caller named is accounted for, also where no prompt shows it
+            _, unknown = self._catalog.ranks_of(dict.fromkeys(request.inline_items()))
         return UserContext(ranks, seen, excluded, list(dict.fromkeys(unknown)), unavailable)
 
     def prompt(self, context: UserContext) -> np.ndarray:

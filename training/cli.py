@@ -58,7 +58,7 @@ STAGE_HELP: dict["StageName", str] = {
 
 
 def _add_stage(name: "StageName") -> None:
-    @app.command(name, help=f"{STAGE_HELP[name]} A key without a stage, such as seed=1, is this stage's.")
+    @app.command(name, help=STAGE_HELP[name], epilog=f"KEY=VALUE: `sidrec-train settings {name}` lists the keys.")
     def command(
         data: DataOption,
         out: OutOption,
@@ -93,6 +93,17 @@ def pipeline(
     from training.report import show_results
 
     show_results(summaries, Console())
+
+
+@app.command()
+def settings(stage: Annotated[str, typer.Argument(help="A stage, such as sft.")]) -> None:
+    """List a stage's settings, for YAML files and KEY=VALUE."""
+    from training.pipeline import STAGES, PipelineConfig
+    from training.report import settings_table
+
+    if stage not in STAGES:
+        raise StageError(f"{stage!r} is not a stage: name one of {', '.join(STAGES)}")
+    Console().print(settings_table(stage, getattr(PipelineConfig(), stage)))
 
 
 @app.command("demo-data")

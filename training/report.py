@@ -9,7 +9,7 @@ from training.evaluation import EvaluationSummary, RankingRow
 from training.interactions import DataSummary
 from training.publish import PublishSummary
 from training.sft import SftSummary
-from training.stage import Summary
+from training.stage import StageConfig, Summary
 from training.tokenizer import TokenizerSummary
 
 if TYPE_CHECKING:
@@ -23,6 +23,14 @@ def summary_table(title: str, content: dict[str, Any]) -> Table:
     table = Table("", "", title=title, title_justify="left", show_header=False)
     for key, value in _flat(content):
         table.add_row(key, _shown(value))
+    return table
+
+
+def settings_table(stage: str, config: StageConfig) -> Table:
+    """A stage's keys with their defaults and what they mean."""
+    table = Table("key", "default", "", title=f"settings of {stage}", title_justify="left")
+    for key, field in type(config).model_fields.items():
+        table.add_row(f"{stage}.{key}", str(getattr(config, key)), field.description or "")
     return table
 
 

@@ -1,0 +1,50 @@
+"""Columns on disk come back as they were, mapped and read-only."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semantic_ids.columns import StringColumn, map_array, save_array
+
+STRINGS = ["", "plain", "Crème brûlée", "書籍", "a\x00b\n", "\U0001f600", ""]
+
+
+@given(st.lists(st.text(max_size=8), max_size=8))
+def test_a_string_column_is_its_list_of_strings(strings: list[str]):
+    column = StringColumn.of(strings)
+    assert len(column) == len(strings)
+    assert list(column) == strings
+    assert column[1:] == strings[1:]
+    assert column[::-1] == strings[::-1]
+
+
+def test_a_saved_string_column_is_mapped_not_read(tmp_path: Path):
+    StringColumn.of(STRINGS).save(tmp_path, "titles")
+    column = StringColumn.map(tmp_path, "titles")
+    assert list(column) == STRINGS
+    assert isinstance(column.blob, np.memmap)
+    assert isinstance(column.offsets, np.memmap)
+
+
+@pytest.mark.parametrize("strings", [[], [""], ["", ""]])
+def test_a_column_without_a_single_byte_survives_saving(tmp_path: Path, strings: list[str]):
+    StringColumn.of(strings).save(tmp_path, "empty")
+    assert list(StringColumn.map(tmp_path, "empty")) == strings
+
+
+@pytest.mark.parametrize("array", [np.arange(6, dtype=np.uint16).reshape(2, 3), np.empty(0, np.uint32)])
+def test_a_saved_array_is_mapped_and_cannot_be_written_to(tmp_path: Path, array):
+    save_array(tmp_path, "array", array)
+    mapped = map_array(tmp_path, "array")
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, array)
+    assert mapped.dtype == array.dtype
+    assert not mapped.flags.writeable
+
+
+def test_python_objects_are_never_unpickled(tmp_path: Path):
+    with pytest.raises(ValueError, match="allow_pickle"):
+        save_array(tmp_path, "objects", np.array([{}], object))
