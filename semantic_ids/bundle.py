@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CURRENT = "current"
+TOKENIZER = "tokenizer.json"
+"""Inside a bundle's `model/`, where prompts are text."""
 _STAGING = ".staging-"
 _BUNDLE_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 
@@ -290,7 +292,7 @@ def _verify_model_vocabulary(path: Path, vocabulary: SidVocabulary) -> None:
 
 def load_text_tokenizer(model_folder: Path) -> TextTokenizer | None:
     """The tokenizer beside a checkpoint, or None where the model knows SID tokens only."""
-    path = model_folder / "tokenizer.json"
+    path = model_folder / TOKENIZER
     if not path.exists():
         return None
     from tokenizers import Tokenizer  # only bundles with text prompts need it

@@ -94,25 +94,24 @@ class Catalog:
 
     def rank_of(self, item_id: str) -> int | None:
         """The item's rank, or None if the catalogue does not hold it."""
-        key = hash_ids([item_id])[0]
-        place = int(np.searchsorted(self.id_hashes, key))
-        while place < len(self.id_hashes) and self.id_hashes[place] == key:
-            rank = int(self.id_hash_ranks[place])
-            if self.item_ids[rank] == item_id:
-                return rank
-            place += 1
-        return None
+        ranks, _ = self.ranks_of([item_id])
+        return int(ranks[0]) if len(ranks) else None
 
     def ranks_of(self, item_ids: Iterable[str]) -> tuple[Ranks, list[str]]:
         """Ranks of the known ids, in the order given, and the ids that are unknown."""
+        ids = list(item_ids)
+        hashes = hash_ids(ids)
+        first = np.searchsorted(self.id_hashes, hashes)
+        end = np.searchsorted(self.id_hashes, hashes, side="right")
         ranks: list[int] = []
         unknown: list[str] = []
-        for item_id in item_ids:
-            rank = self.rank_of(item_id)
-            if rank is None:
+        for item_id, low, high in zip(ids, first.tolist(), end.tolist(), strict=True):
+            # Nearly always one candidate or none; ids with one hash stand side by side.
+            candidates = self.id_hash_ranks[low:high].tolist()
+            found = [rank for rank in candidates if self.item_ids[rank] == item_id]
+            ranks += found
+            if not found:
                 unknown.append(item_id)
-            else:
-                ranks.append(rank)
         return np.array(ranks, np.int64), unknown
 
     def categories_of(self, rank: int) -> list[str]:

@@ -206,13 +206,17 @@ def _read_histories(file: Path) -> Iterator[tuple[str, list[HistoryEntry]]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                content = json.loads(line)
-                entries = [
-                    HistoryEntry(str(item_id), float(timestamp), EventType(event_type))
-                    for item_id, timestamp, event_type in content["events"]
-                ]
-                if not all(isfinite(entry.timestamp) for entry in entries):
-                    raise ValueError("a timestamp is not a finite number")
-                yield str(content["user_id"]), entries
+                yield _history_of(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise ServeError(f"{file}, line {number}: {error}; make it with `sidrec-train publish`") from error
+
+
+def _history_of(line: bytes) -> tuple[str, list[HistoryEntry]]:
+    content = json.loads(line)
+    entries = [
+        HistoryEntry(str(item_id), float(timestamp), EventType(event_type))
+        for item_id, timestamp, event_type in content["events"]
+    ]
+    if not all(isfinite(entry.timestamp) for entry in entries):
+        raise ValueError("a timestamp is not a finite number")
+    return str(content["user_id"]), entries

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.utils.logging import disable_progress_bar
 
-from semantic_ids.bundle import FileTokenizer, load_text_tokenizer
+from semantic_ids.bundle import TOKENIZER, FileTokenizer, load_text_tokenizer
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
@@ -127,6 +127,8 @@ def run(
 
     Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit.
     """
+    if len(validation.targets) == 0:
+        raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
     disable_progress_bar()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -356,7 +358,7 @@ def extend_pretrained(
             old = weight[:first]
             weight[first:] = old.mean(0) + old.std(0) * 0.5 * torch.randn_like(weight[first:])
     (folder / MODEL).mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.save(str(folder / MODEL / "tokenizer.json"))
+    tokenizer.backend_tokenizer.save(str(folder / MODEL / TOKENIZER))
     return model, vocabulary, FileTokenizer(tokenizer.backend_tokenizer)
 
 
@@ -416,8 +418,8 @@ def _warmup_cosine(step: int, total: int, warmup_share: float) -> float:
 def _save_model(model: PreTrainedModel, path: Path) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    if path.exists():
-        shutil.copytree(path, staging)  # the tokenizer, if there is one
     model.save_pretrained(staging)
+    if (path / TOKENIZER).exists():
+        shutil.copy(path / TOKENIZER, staging / TOKENIZER)
     shutil.rmtree(path, ignore_errors=True)
     staging.rename(path)
