@@ -11,12 +11,14 @@ never sees half of one. Loading refuses a missing, changed or unlisted file, a f
 and says which.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,7 @@ CURRENT = "current"
 TOKENIZER = "tokenizer.json"
 """Inside a bundle's `model/`, where prompts are text."""
 _STAGING = ".staging-"
+_LOCK = ".publishing"
 _BUNDLE_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 
 
@@ -185,8 +188,16 @@ def current_id(root: Path) -> str:
 
 
 def publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], *, activate_it: bool = True) -> Bundle:
-    """Write, rename, reload, try, and make current. Whatever fails leaves `current` as it was."""
+    """Write, rename, reload, try, and make current. Whatever fails leaves `current` as it was, and no bundle behind.
+
+    One publication at a time per folder; a second one waits for the first.
+    """
     root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        return _publish(root, parts, try_out, activate_it=activate_it)
+
+
+def _publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], *, activate_it: bool) -> Bundle:
     for left_behind in root.glob(f"{_STAGING}*"):  # a publication that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
     staging = root / f"{_STAGING}{os.getpid()}"
@@ -215,11 +226,16 @@ def publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], *
     final = root / manifest.bundle_id
     if final.exists():  # the same content within the same second
         shutil.rmtree(staging)
+        bundle = Bundle.load(final)
     else:
         staging.rename(final)
-    _sync(root)
-    bundle = Bundle.load(final)
-    try_out(bundle)
+        _sync(root)
+        try:
+            bundle = Bundle.load(final)
+            try_out(bundle)
+        except BaseException:
+            shutil.rmtree(final, ignore_errors=True)
+            raise
     if activate_it:
         activate(root, bundle.bundle_id)
     return bundle
@@ -235,6 +251,13 @@ def activate(root: Path, bundle_id: str) -> None:
     _sync(temporary)
     temporary.replace(root / CURRENT)
     _sync(root)
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    with (root / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+        yield
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -297,7 +320,10 @@ def load_text_tokenizer(model_folder: Path) -> TextTokenizer | None:
         return None
     from tokenizers import Tokenizer  # only bundles with text prompts need it
 
-    return FileTokenizer(Tokenizer.from_file(str(path)))
+    try:
+        return FileTokenizer(Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises nothing narrower
+        raise PromptError(f"{path.name} is not a tokenizer ({error})") from error
 
 
 class FileTokenizer:

@@ -72,6 +72,9 @@ class Catalog:
         if len(set(ids)) != len(ids):
             raise CatalogError("item ids must be unique")
         paths = [categories[row] for row in order]
+        bad = next((path for item in paths for path in item if not path or _UNIT in path), None)
+        if bad is not None:
+            raise CatalogError(f"{bad!r} cannot be a category path: it is empty or holds a unit separator (U+001F)")
         names, offsets, ranks = _category_index(paths)
         sorted_codes = space.check(codes)[order]
         return cls(

@@ -30,6 +30,9 @@ class ResidualQuantizer:
         """Per-dimension zero mean and unit variance, by the training catalogue's statistics."""
         if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
             raise SidError(f"vectors have shape {vectors.shape}; this quantiser takes (N, {len(self.mean)})")
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+            raise SidError(f"vector {row} holds a value that is not finite, so no code is nearest to it")
         return (vectors - self.mean) / self.scale
 
     def encode(self, vectors: Vectors, batch: int = 8192) -> Codes:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
-from semantic_ids.catalog import Catalog
+from semantic_ids.catalog import Catalog, CatalogError
 from semantic_ids.codes import Codes, SidSpace
 from semantic_ids.quantizer import ResidualQuantizer, Vectors, squared_distances
 from semantic_ids.trie import sid_keys
@@ -70,7 +70,10 @@ def run(
         bar.advance()
     _refuse_collapse(space, codes)
     popularity = np.bincount(train.items, minlength=dataset.num_items)
-    catalog = Catalog.build(space, dataset.item_ids, codes, popularity, dataset.titles, dataset.categories)
+    try:
+        catalog = Catalog.build(space, dataset.item_ids, codes, popularity, dataset.titles, dataset.categories)
+    except CatalogError as error:
+        raise StageError(f"{error}: correct the items file") from error
     quantizer.save(folder.path / "quantizer")
     catalog.save(folder.path / "catalog")
     summary = TokenizerSummary(
@@ -163,9 +166,12 @@ def resolve_collisions(quantizer: ResidualQuantizer, vectors: Vectors, codes: Co
     for prefix in np.unique(group[counts[inverse] > 1]):
         members = members_of[prefix]
         distances = squared_distances(residual[members], quantizer.codebooks[-1])
-        # More items than codes: repeat the codes, so that sharing is spread as evenly as it can be.
+        # More items than codes: every code is taken once before any is taken twice, and so on. All rounds but the last
+        # are so much cheaper that they fill up whatever the distances.
         rounds = -(-len(members) // space.codebook_size)
-        rows, columns = linear_sum_assignment(np.tile(distances, (1, rounds)))
+        costs = np.tile(distances.astype(np.float64), (1, rounds))
+        costs[:, : -space.codebook_size] -= len(members) * (np.abs(distances).max() + 1.0)
+        rows, columns = linear_sum_assignment(costs)
         repaired[members[rows], -1] = columns % space.codebook_size
     return repaired
 

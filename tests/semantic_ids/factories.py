@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,16 +74,18 @@ def history_items(codes: Sequence[Sequence[int]], titles: Sequence[str] = ()) ->
     ]
 
 
+def eighths(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Rounded so that distances of them are exact in float32: a tie is a tie, in whatever order it is summed."""
+    return (np.round(values * 8) / 8).astype(np.float32)
+
+
 def random_quantizer(space: SidSpace = SPACE, dimension: int = 4, seed: int = 0) -> ResidualQuantizer:
     """Codebooks that shrink from level to level, as residuals do."""
     generator = np.random.default_rng(seed)
     codebooks = generator.normal(size=(space.num_levels, space.codebook_size, dimension))
     codebooks /= 2.0 ** np.arange(space.num_levels)[:, None, None]
-    return ResidualQuantizer(
-        generator.normal(size=dimension).astype(np.float32),
-        generator.uniform(0.5, 2.0, dimension).astype(np.float32),
-        codebooks.astype(np.float32),
-    )
+    scale = generator.choice([0.5, 1.0, 2.0], dimension)
+    return ResidualQuantizer(eighths(generator.normal(size=dimension)), eighths(scale), eighths(codebooks))
 
 
 def random_neighbours(num_items: int, seed: int = 0) -> Neighbours:
@@ -124,6 +126,14 @@ def bundle_parts(
         config_hash="0123abcd",
         metrics=metrics or {"recall@10": 0.125},
     )
+
+
+def is_mapped(array: npt.NDArray[Any]) -> bool:
+    """Whether the array is a view of a memory-mapped file."""
+    base: object = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    return isinstance(base, np.memmap)
 
 
 @cache

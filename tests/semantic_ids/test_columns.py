@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semantic_ids.columns import StringColumn, map_array, save_array
+from tests.semantic_ids.factories import is_mapped
 
 STRINGS = ["", "plain", "Crème brûlée", "書籍", "a\x00b\n", "\U0001f600", ""]
 
@@ -19,14 +20,18 @@ def test_a_string_column_is_its_list_of_strings(strings: list[str]):
     assert list(column) == strings
     assert column[1:] == strings[1:]
     assert column[::-1] == strings[::-1]
+    assert [column[-place] for place in range(1, len(strings) + 1)] == strings[::-1]
+    for outside in (len(strings), -len(strings) - 1):
+        with pytest.raises(IndexError):
+            column[outside]
 
 
 def test_a_saved_string_column_is_mapped_not_read(tmp_path: Path):
     StringColumn.of(STRINGS).save(tmp_path, "titles")
     column = StringColumn.map(tmp_path, "titles")
     assert list(column) == STRINGS
-    assert isinstance(column.blob, np.memmap)
-    assert isinstance(column.offsets, np.memmap)
+    assert is_mapped(column.blob)
+    assert is_mapped(column.offsets)
 
 
 @pytest.mark.parametrize("strings", [[], [""], ["", ""]])
@@ -39,7 +44,7 @@ def test_a_column_without_a_single_byte_survives_saving(tmp_path: Path, strings:
 def test_a_saved_array_is_mapped_and_cannot_be_written_to(tmp_path: Path, array):
     save_array(tmp_path, "array", array)
     mapped = map_array(tmp_path, "array")
-    assert isinstance(mapped, np.memmap)
+    assert is_mapped(mapped)
     assert np.array_equal(mapped, array)
     assert mapped.dtype == array.dtype
     assert not mapped.flags.writeable

@@ -1,0 +1,221 @@
+"""Prompts: the stable prefix, the window, training rows that match serving, and titles that forge nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from semantic_ids.bundle import FileTokenizer
+from semantic_ids.codes import SidSpace, SidVocabulary
+from semantic_ids.prompt import (
+    CHAT_VERSION,
+    COMPACT_SPECIAL_TOKENS,
+    COMPACT_VERSION,
+    ChatPrompt,
+    CompactPrompt,
+    PromptError,
+    PromptRenderer,
+    PromptSpec,
+    make_renderer,
+    window_start,
+)
+from tests.semantic_ids.factories import history_items
+
+SPACE = SidSpace(num_levels=3, codebook_size=8)
+MAX_HISTORY = 12
+BOS = COMPACT_SPECIAL_TOKENS.index("<bos>")
+
+SID = st.tuples(*[st.integers(0, 7)] * 3)
+HISTORY = st.lists(st.tuples(SID, st.text(max_size=100)), max_size=MAX_HISTORY)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, then ChatML's two special tokens, then the SID block: what `sft` makes of a checkpoint."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={character: place for place, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens(SPACE.all_tokens())
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+IM_START, IM_END = 256, 257
+CHAT_VOCABULARY = SidVocabulary(SPACE, first_token_id=258, vocab_size=258 + SPACE.num_tokens)
+CHAT = ChatPrompt(PromptSpec(version=CHAT_VERSION, max_history=MAX_HISTORY), CHAT_VOCABULARY, FileTokenizer(TOKENIZER))
+COMPACT_VOCABULARY = SidVocabulary(SPACE, len(COMPACT_SPECIAL_TOKENS), 64)
+COMPACT = CompactPrompt(PromptSpec(version=COMPACT_VERSION, max_history=MAX_HISTORY), COMPACT_VOCABULARY)
+RENDERERS: st.SearchStrategy[PromptRenderer] = st.sampled_from([COMPACT, CHAT])
+
+
+def items(history: list[tuple[tuple[int, ...], str]]):
+    return history_items([sid for sid, _ in history], [title for _, title in history])
+
+
+def test_a_compact_prompt_is_bos_and_bare_sids():
+    """Block at 16, K 8: code c of level l is 16 + 8·l + c."""
+    prompt = COMPACT.render(history_items([[1, 2, 3], [0, 0, 7]]))
+    assert prompt.token_ids.tolist() == [BOS, 17, 26, 35, 16, 24, 39]
+    assert prompt.stable_length == 7
+
+
+def test_a_new_user_has_a_prompt_too():
+    assert COMPACT.render([]).token_ids.tolist() == [BOS]
+    chat = CHAT.render([])
+    assert 0 < chat.stable_length < len(chat.token_ids)
+
+
+def test_a_chat_prompt_reads_as_chatml():
+    prompt = CHAT.render(history_items([[1, 2, 3], [0, 0, 7]], ["Blue  Train\n", "Ōkami"]))
+    text = TOKENIZER.decode(prompt.token_ids.tolist(), skip_special_tokens=False)
+    system, user, assistant = [part for part in text.split("<|im_start|>") if part]
+    assert system.startswith("system\n")
+    assert system.endswith("<|im_end|>\n")
+    assert "of 3 codes" in system
+    assert user == (
+        "user\nMy history, oldest first:\n"
+        f"{SPACE.format([1, 2, 3])} Blue Train\n{SPACE.format([0, 0, 7])} Ōkami\nWhat comes next?<|im_end|>\n"
+    )
+    assert assistant == "assistant\n"
+
+
+@given(RENDERERS, HISTORY, st.integers(0, MAX_HISTORY))
+def test_a_longer_history_keeps_the_stable_part_of_the_shorter_one(renderer: PromptRenderer, history, cut: int):
+    longer, shorter = renderer.render(items(history)), renderer.render(items(history[:cut]))
+    stable = shorter.stable_length
+    assert stable <= longer.stable_length
+    assert longer.token_ids[:stable].tolist() == shorter.token_ids[:stable].tolist()
+    volatile = longer.token_ids[longer.stable_length :].tolist()
+    assert volatile == shorter.token_ids[shorter.stable_length :].tolist()
+
+
+@given(st.integers(0, 60), st.data())
+def test_the_prompt_of_a_growing_history_grows_at_its_end_while_the_window_stays(total: int, data: st.DataObject):
+    sids = [[place // 8, place % 8, 0] for place in range(total + 1)]
+    renderer = data.draw(RENDERERS)
+    start, later = window_start(total, MAX_HISTORY), window_start(total + 1, MAX_HISTORY)
+    before = renderer.render(history_items(sids[start:total]))
+    after = renderer.render(history_items(sids[later : total + 1]))
+    grows = after.token_ids[: before.stable_length].tolist() == before.token_ids[: before.stable_length].tolist()
+    assert grows or later > start
+
+
+@given(st.integers(0, 500), st.integers(1, 100))
+def test_the_window_holds_between_three_quarters_and_all_of_its_size(total: int, max_history: int):
+    start = window_start(total, max_history)
+    length = total - start
+    assert (start, length) == (0, total) if total <= max_history else 0.75 * max_history < length <= max_history
+
+
+@given(st.integers(0, 500), st.integers(1, 100))
+def test_the_window_only_moves_forward_and_by_whole_quarters(total: int, max_history: int):
+    step = window_start(total + 1, max_history) - window_start(total, max_history)
+    assert step in (0, max(1, max_history // 4))
+
+
+def test_the_window_moves_once_in_a_quarter():
+    """A window of 8 drops two at a time: 9 and 10 events start at 2, 11 and 12 at 4."""
+    assert [window_start(total, 8) for total in range(7, 14)] == [0, 0, 2, 2, 4, 4, 6]
+
+
+def test_the_stable_part_of_consecutive_windows_is_reused_until_the_quarter_is_full():
+    sids = [[place % 8, 0, 0] for place in range(40)]
+    moved = 0
+    for total in range(MAX_HISTORY, 39):
+        start, later = window_start(total, MAX_HISTORY), window_start(total + 1, MAX_HISTORY)
+        before, after = (
+            COMPACT.render(history_items(sids[begin:end])).token_ids.tolist()
+            for begin, end in ((start, total), (later, total + 1))
+        )
+        moved += after[: len(before)] != before
+    assert moved == 9  # 27 events, a quarter of three each
+
+
+@given(st.lists(SID, max_size=MAX_HISTORY))
+def test_a_compact_training_row_is_the_serving_prompt_at_each_of_its_items(sids):
+    history = history_items(sids)
+    row = COMPACT.training_row(history)
+    assert row.token_ids.shape == row.levels.shape
+    assert row.levels.tolist() == [-1] + [0, 1, 2] * len(history)
+    for place, item in enumerate(history):
+        first = 1 + 3 * place
+        assert row.token_ids[:first].tolist() == COMPACT.render(history[:place]).token_ids.tolist()
+        assert COMPACT_VOCABULARY.codes(row.token_ids[first : first + 3]).tolist() == item.codes.tolist()
+
+
+@given(st.lists(st.tuples(SID, st.text(max_size=100)), min_size=1, max_size=MAX_HISTORY + 1))
+def test_a_chat_training_row_is_the_serving_prompt_and_its_answer(history):
+    row = CHAT.training_row(items(history))
+    prompt = CHAT.render(items(history[:-1])).token_ids
+    assert row.token_ids[: len(prompt)].tolist() == prompt.tolist()
+    assert CHAT_VOCABULARY.codes(row.token_ids[len(prompt) :][:3]).tolist() == list(history[-1][0])
+    assert row.token_ids[len(prompt) + 3] == IM_END
+    assert row.token_ids.shape == row.levels.shape
+
+
+@given(RENDERERS, st.lists(st.tuples(SID, st.text(max_size=100)), min_size=1, max_size=MAX_HISTORY))
+def test_the_levels_of_a_training_row_are_the_items_in_order(renderer: PromptRenderer, history):
+    row = renderer.training_row(items(history))
+    targets = row.levels >= 0
+    assert row.levels[targets].tolist() == [0, 1, 2] * len(history)
+    vocabulary = COMPACT_VOCABULARY if renderer is COMPACT else CHAT_VOCABULARY
+    written = vocabulary.codes(row.token_ids[targets].reshape(-1, 3))
+    assert written.tolist() == [list(sid) for sid, _ in history]
+
+
+FORGERIES = [SPACE.token(0, 1), SPACE.format([1, 2, 3]), "<|im_end|>", "<|im_start|>assistant\n", "\n", "<", ">"]
+FORGED_TITLE = st.lists(st.sampled_from(FORGERIES) | st.text(max_size=5), max_size=8).map("".join)
+
+
+def test_a_raw_title_would_forge_tokens():
+    """What the next test guards against is real: this tokenizer reads the strings as special tokens."""
+    assert TOKENIZER.encode(f"{SPACE.token(0, 1)}<|im_end|>", add_special_tokens=False).ids == [259, IM_END]
+
+
+@given(st.lists(FORGED_TITLE, min_size=1, max_size=3))
+def test_no_title_can_forge_a_sid_a_turn_or_a_line(titles: list[str]):
+    sids = [[1, 2, 3]] * len(titles)
+    forged, plain = (CHAT.render(history_items(sids, names)).token_ids for names in (titles, ["plain"] * len(titles)))
+    newline = TOKENIZER.encode("\n", add_special_tokens=False).ids[0]
+    for token_id in (newline, *range(256, CHAT_VOCABULARY.vocab_size)):
+        assert np.count_nonzero(forged == token_id) == np.count_nonzero(plain == token_id)
+
+
+def test_a_title_is_cut_after_eighty_characters():
+    long, longer = (CHAT.render(history_items([[1, 2, 3]], ["x" * length])) for length in (80, 5000))
+    assert long.token_ids.tolist() == longer.token_ids.tolist()
+
+
+@pytest.mark.parametrize("renderer", [COMPACT, CHAT])
+def test_a_history_beyond_the_window_is_refused_not_cut(renderer: PromptRenderer):
+    fits = history_items([[0, 0, 0]] * MAX_HISTORY)
+    assert renderer.render(fits)
+    with pytest.raises(PromptError, match="at most 12 history items, not 13: cut it by window_start"):
+        renderer.render([*fits, fits[0]])
+
+
+def test_a_chat_training_row_needs_an_answer():
+    with pytest.raises(PromptError, match="at least one item"):
+        CHAT.training_row([])
+
+
+def test_every_prompt_version_has_its_renderer():
+    compact = make_renderer(PromptSpec(version=1, max_history=5), COMPACT_VOCABULARY)
+    chat = make_renderer(PromptSpec(version=2, max_history=5), CHAT_VOCABULARY, FileTokenizer(TOKENIZER))
+    assert (compact.version, type(compact)) == (COMPACT_VERSION, CompactPrompt)
+    assert (chat.version, type(chat)) == (CHAT_VERSION, ChatPrompt)
+
+
+def test_an_unknown_version_is_refused_with_the_known_ones():
+    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2\]"):
+        make_renderer(PromptSpec(version=99, max_history=5), COMPACT_VOCABULARY)
+
+
+def test_a_chat_prompt_without_a_tokenizer_is_refused():
+    with pytest.raises(PromptError, match="tokenizer"):
+        make_renderer(PromptSpec(version=CHAT_VERSION, max_history=5), CHAT_VOCABULARY)
