@@ -64,6 +64,7 @@ def create_app(
         summary="Generative recommendation with Semantic IDs",
         lifespan=lifespan,
         docs_url="/docs",
+        redirect_slashes=False,
         redoc_url=None,
     )
     app.state.startup_error = None

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-import logging
+import os
 import secrets
 import shlex
 import socket
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
@@ -27,9 +27,6 @@ from service.redis_keys import import_marker
 from service.redis_server import EmbeddedRedis, EmbeddedRedisError
 from service.security import hash_key
 from service.settings import Settings
-
-if TYPE_CHECKING:
-    from service.state import State
 
 console = Console(stderr=True)
 
@@ -60,28 +57,25 @@ def run(
     ] = None,
 ) -> None:
     """Serve until Ctrl-C."""
-    import uvicorn
-
     from service.app import create_app
+    from service.server import Server
 
     settings = _settings()
     configure(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
-    address = f"http://{settings.host}:{listener.getsockname()[1]}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
     example = _first_history(examples) if examples is not None else None
 
-    def on_ready(state: "State") -> None:
-        console.print(f"\nServing bundle [bold]{state.bundle.bundle_id}[/] on [bold]{address}[/]  (Ctrl-C stops it)")
+    def announce() -> None:
+        bundle_id = web.state.sidrec.bundle.bundle_id
+        console.print(f"\nServing bundle [bold]{bundle_id}[/] on [bold]{address}[/]  (Ctrl-C stops it)", soft_wrap=True)
         if example is not None:
             _print_examples(address, *example)
 
-    web = create_app(settings, on_ready=on_ready)
-    # Requests are in the metrics, faults in our own log; uvicorn's lines would say both again.
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-    config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
-    server = uvicorn.Server(config)
+    web = create_app(settings)
     with suppress(KeyboardInterrupt, SystemExit):  # uvicorn exits by itself when the start fails
-        server.run(sockets=[listener])
+        Server(web, announce).run(sockets=[listener])
     if (error := web.state.startup_error) is not None:
         raise ServeError(f"the service could not start: {error}") from error
 
@@ -91,8 +85,7 @@ def import_histories(
     file: Annotated[Path, typer.Argument(help="JSON lines: {user_id, events: [[item_id, timestamp, event_type], …]}")],
 ) -> None:
     """Load users' histories into Redis. To import the same file again does nothing."""
-    if not file.exists():
-        raise ServeError(f"{file} does not exist: `sidrec-train pipeline` writes RUN/publish/histories.jsonl")
+    _check_exists(file)
     settings = _settings()
     configure("warning", "console")
     asyncio.run(_import(settings, file))
@@ -137,6 +130,12 @@ def main() -> None:
 
 
 def _settings() -> Settings:
+    known = {f"SIDREC_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(set(os.environ) - known):
+        if name.startswith("SIDREC_"):
+            console.print(
+                f"[yellow]warning:[/] {name} is no setting of this service and has no effect", highlight=False
+            )
     try:
         return Settings()
     except ValidationError as error:
@@ -169,7 +168,13 @@ def _print_examples(address: str, user_id: str, entries: list[HistoryEntry]) -> 
         console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
+def _check_exists(histories: Path) -> None:
+    if not histories.is_file():
+        raise ServeError(f"{histories} does not exist: `sidrec-train pipeline` writes RUN/publish/histories.jsonl")
+
+
 def _first_history(file: Path) -> tuple[str, list[HistoryEntry]]:
+    _check_exists(file)
     for history in _read_histories(file):
         return history
     raise ServeError(f"{file} holds no history: make it with `sidrec-train publish`")

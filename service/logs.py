@@ -8,7 +8,10 @@ import structlog
 
 def configure(level: str, log_format: str) -> None:
     """Set up structlog for the process; stdout stays free for answers and tables."""
-    renderer = structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer()
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if log_format == "console":
+        # The default formatter prints every frame's variables, API keys among them, and takes seconds over it.
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

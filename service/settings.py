@@ -22,7 +22,11 @@ class Settings(BaseSettings):
 
     bundles: Path = Field(Path("runs/demo/bundles"), description="folder of bundles, with its `current` pointer")
 
-    redis_url: str | None = Field(None, description="of the histories; absent: an embedded Redis in data_dir")
+    redis_url: str | None = Field(
+        None,
+        pattern="^(redis|rediss|unix)://",
+        description="of the histories; absent: an embedded Redis in data_dir",
+    )
     redis_timeout_s: float = Field(1.0, gt=0)
     redis_max_connections: int = Field(64, ge=1)
     data_dir: Path = Field(Path("runs/demo/redis"), description="the embedded Redis keeps its append-only file here")

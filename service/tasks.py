@@ -54,6 +54,8 @@ def assign_sids(items: list[NewItem]) -> dict[str, Any]:
     Returns `{"bundle": id, "sids": {item_id: SID}}`: SIDs that no item of the bundle's catalogue has, and no two alike.
     """
     bundle = Bundle.load_current(settings.bundles)
+    if len({item["item_id"] for item in items}) < len(items):
+        raise ValueError("an item id appears more than once: each new item gets one SID")
     known = [item["item_id"] for item in items if bundle.catalog.rank_of(item["item_id"]) is not None]
     if known:
         raise ValueError(

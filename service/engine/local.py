@@ -84,6 +84,7 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         self._decoder = await loop.run_in_executor(self._executor, self._load)
         self._loop_task = asyncio.create_task(self._run(), name="local-engine")
+        self._loop_task.add_done_callback(lambda _task: self._refuse_waiting("the local engine has stopped"))
         space = self._bundle.manifest.space
         everything = ItemFilter.of(len(self._bundle.catalog))
         prompt = self._bundle.renderer.render([]).token_ids
@@ -114,9 +115,11 @@ class LocalEngine:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
         await asyncio.to_thread(self._executor.shutdown)
+
+    def _refuse_waiting(self, why: str) -> None:
         for job in self._waiting:
             if not job.future.done():
-                job.future.set_exception(EngineUnavailableError("the local engine was stopped"))
+                job.future.set_exception(EngineUnavailableError(why))
         self._waiting.clear()
 
     def _load(self) -> TreeDecoder:

@@ -1,6 +1,7 @@
 """The real application, running: its lifespan entered, spoken to over ASGI."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -86,6 +87,15 @@ def assert_problem(response: httpx.Response, status: int, kind: str) -> dict[str
     assert all(set(error) == {"path", "message"} for error in document["errors"])
     assert "dur=" in response.headers["server-timing"]
     return document
+
+
+async def until(condition: Callable[[], bool], within_s: float = 15.0) -> None:
+    """Wait for `condition`."""
+    async with asyncio.timeout(within_s):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.002)
 
 
 @asynccontextmanager

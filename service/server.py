@@ -1,0 +1,26 @@
+"""uvicorn as this service runs it."""
+
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+
+class Server(uvicorn.Server):
+    """Serves an application on a socket that is already bound, and says when connections are accepted."""
+
+    def __init__(self, app: FastAPI, on_listening: Callable[[], None]) -> None:
+        # Requests are in the metrics, faults in our own log; uvicorn's lines would say both again.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        super().__init__(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
+        )
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then listen."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._on_listening()

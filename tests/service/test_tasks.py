@@ -1,0 +1,128 @@
+"""Celery: SIDs for new items, in this process and through a real worker with a real broker."""
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from semantic_ids.bundle import Bundle
+from service.settings import Settings
+from service.tasks import ENCODE_QUEUE, NewItem, make_celery
+from tests.service.world import BY_ID, ITEM_IDS, SPACE
+
+ROOT = Path(__file__).parents[2]
+
+
+def new_item(item_id: str, title: str) -> NewItem:
+    return {"item_id": item_id, "title": title, "categories": ["Beauty > Hair Care"], "attributes": {"brand": "Acme"}}
+
+
+NEW_ITEMS = [new_item(f"new-{number}", title) for number, title in enumerate(["Shampoo", "Chess set", "Comb", "Comb"])]
+
+
+def assert_new_sids(answer: dict[str, Any], bundle: Bundle) -> None:
+    """Legal, distinct, and of no item of the catalogue."""
+    assert answer["bundle"] == bundle.bundle_id
+    assert set(answer["sids"]) == {item["item_id"] for item in NEW_ITEMS}
+    sids = [SPACE.parse(sid) for sid in answer["sids"].values()]
+    assert len(set(sids)) == len(sids)
+    assert not set(sids) & {item.codes for item in BY_ID.values()}
+
+
+@pytest.fixture(scope="module")
+def tasks(bundles: Path) -> Iterator[ModuleType]:
+    """The module as a worker imports it: its settings are those of the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDREC_BUNDLES", str(bundles))
+        patch.delitem(sys.modules, "service.tasks")
+        yield importlib.import_module("service.tasks")
+
+
+def test_new_items_get_sids_that_are_legal_distinct_and_free(tasks: ModuleType, bundle: Bundle):
+    answer = tasks.assign_sids(NEW_ITEMS)
+    assert_new_sids(answer, bundle)
+    assert tasks.assign_sids(NEW_ITEMS) == answer, "the same items get the same SIDs"
+    prefixes = [SPACE.parse(answer["sids"][f"new-{number}"])[:-1] for number in (2, 3)]
+    assert prefixes[0] == prefixes[1], "the same text differs in the last code alone"
+
+
+def test_a_known_item_is_refused(tasks: ModuleType):
+    with pytest.raises(ValueError, match=r"already holds .* \(and 1 more\)"):
+        tasks.assign_sids([NEW_ITEMS[0], new_item(ITEM_IDS[0], "Old"), new_item(ITEM_IDS[1], "Old")])
+
+
+def test_the_task_goes_to_its_own_queue_as_json():
+    conf = make_celery(Settings()).conf
+    assert conf.task_routes == {"sidrec.assign_sids": {"queue": ENCODE_QUEUE}}
+    assert (conf.task_serializer, conf.result_serializer, conf.accept_content) == ("json", "json", ["json"])
+    assert conf.task_acks_late
+
+
+def test_importing_tasks_and_the_application_loads_no_torch():
+    code = "import sys, service.tasks, service.app, service.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[str]:
+    """A Redis server on a free TCP port of this machine: Celery takes no other kind of address without options."""
+    from service.redis_server import _redis_server_binary
+
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    command = [str(_redis_server_binary(tmp_path)), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    with subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL) as server:
+        with Redis(port=port) as client:
+            give_up_at = time.monotonic() + 15
+            while not _answers(client):
+                assert time.monotonic() < give_up_at
+                time.sleep(0.02)
+        yield f"redis://127.0.0.1:{port}"
+        server.terminate()
+
+
+def _answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except RedisConnectionError:
+        return False
+
+
+def test_a_worker_does_it_end_to_end(broker: str, bundles: Path, bundle: Bundle, tmp_path: Path):
+    addresses = {"SIDREC_CELERY_BROKER_URL": f"{broker}/1", "SIDREC_CELERY_RESULT_URL": f"{broker}/2"}
+    command = [sys.executable, "-m", "celery", "-A", "service.tasks", "worker", "--queues", ENCODE_QUEUE]
+    log_path = tmp_path / "worker.log"
+    with (
+        log_path.open("wb") as log,
+        subprocess.Popen(
+            [*command, "--concurrency", "1", "--pool", "solo", "--loglevel", "info", "--without-gossip"],
+            cwd=ROOT,
+            env=os.environ | addresses | {"SIDREC_BUNDLES": str(bundles), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        ) as worker,
+    ):
+        client = make_celery(Settings(celery_broker_url=f"{broker}/1", celery_result_url=f"{broker}/2"))
+        try:
+            result = client.send_task("sidrec.assign_sids", [NEW_ITEMS])
+            refused = client.send_task("sidrec.assign_sids", [[new_item(ITEM_IDS[0], "Old")]])
+            assert_new_sids(result.get(timeout=90), bundle)
+            with pytest.raises(ValueError, match="only new items get SIDs here"):
+                refused.get(timeout=30)
+        except BaseException as error:
+            error.add_note(log_path.read_text())
+            raise
+        finally:
+            client.close()
+            worker.terminate()
+            worker.wait(timeout=30)
