@@ -55,4 +55,20 @@ uv pip install --quiet --python "$py" --compile-bytecode --constraint requiremen
 case $extras in
   *training*|dev) uv pip install --quiet --python "$py" --no-deps "recbole==$RECBOLE" ;;
 esac
+
+# A wheel that needs a system library says so only when it is loaded.
+if ! problem=$("$py" -c '
+import importlib, importlib.util
+for name in ("numpy", "torch", "polars"):
+    importlib.util.find_spec(name) and importlib.import_module(name)' 2>&1 >/dev/null); then
+  library=$(printf '%s' "$problem" | grep -oE 'lib[A-Za-z0-9_+.-]+\.so[.0-9]*' | head -n 1)
+  case $library in
+    libgomp.so*) package=libgomp1 ;;
+    libstdc++.so*) package=libstdc++6 ;;
+    libnuma.so*) package=libnuma1 ;;
+    "") die "the installed packages do not load: $(printf '%s' "$problem" | tail -n 1)" ;;
+    *) package="the package that holds it (apt-file search $library)" ;;
+  esac
+  die "the system library $library is missing. Install it: apt-get install $package"
+fi
 printf '%s' "$fingerprint" > "$VENV/.sidrec-$extras"
