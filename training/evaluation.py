@@ -161,7 +161,8 @@ def run(
         },
         difference_ndcg_10={name: _difference(masked.ndcg[10], row.ndcg[10], config) for name, row in rows.items()},
         coverage_10=coverage(lists.first_ten, len(tokenized.catalog)),
-        gini_10=gini(lists.first_ten, len(tokenized.catalog)),
+        # Where everybody has seen everything, no item is recommended at all, and all equally often.
+        gini_10=gini(lists.first_ten, len(tokenized.catalog)) if (lists.first_ten >= 0).any() else 0.0,
         ms_per_user=1000 * seconds / len(targets),
         seconds=time.monotonic() - start,
     )

@@ -58,10 +58,13 @@ def load_config(name: str, overrides: dict[str, str]) -> PipelineConfig:
     """
     path = CONFIGS / f"{name}.yaml" if (CONFIGS / f"{name}.yaml").exists() else Path(name)
     try:
-        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        read: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         packaged = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise StageError(f"no configuration {name!r} ({error}): name one of {packaged}, or a YAML file") from error
+    if not isinstance(read, dict):
+        raise StageError(f"configuration {name!r} is not a mapping of stages to their settings, but {read!r}")
+    content: dict[str, Any] = {section: {} if found is None else found for section, found in read.items()}
     for key, text in overrides.items():
         section, _, field = key.partition(".")
         if section not in STAGES or not field:
@@ -88,7 +91,10 @@ class Pipeline:
 
     def run(self, until: StageName = "publish") -> dict[StageName, Summary]:
         """Run what is missing, up to and with `until` and only what it needs; the summaries, old or new."""
-        self._out.mkdir(parents=True, exist_ok=True)
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StageError(f"the run folder {self._out} cannot be made ({error.strerror}): give another") from error
         resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self._out / "config.yaml", resolved.encode())
         needed = _with_upstream(until)
@@ -187,7 +193,8 @@ class Pipeline:
 
     def is_published(self, summary: Summary) -> bool:
         """Whether a finished publication's bundle is still there: bundles may be removed by hand."""
-        return isinstance(summary, publish.PublishSummary) and publish.is_still_there(summary, self._bundles)
+        config = self.config.publish
+        return isinstance(summary, publish.PublishSummary) and publish.is_still_there(config, summary, self._bundles)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@ def run(
     return summary
 
 
-def is_still_there(summary: PublishSummary, bundles: Path) -> bool:
-    """Whether a finished publication can still be served: its bundle exists, and some bundle is current."""
+def is_still_there(config: PublishConfig, summary: PublishSummary, bundles: Path) -> bool:
+    """Whether a finished publication still holds: its bundle exists and, if it was to be active, some bundle is."""
     try:
-        return (bundles / summary.bundle_id / MANIFEST).exists() and bool(current_id(bundles))
+        return (bundles / summary.bundle_id / MANIFEST).exists() and (not config.activate or bool(current_id(bundles)))
     except BundleError:
         return False
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from training.evaluation import EvaluationSummary, RankingRow
@@ -22,7 +23,7 @@ def summary_table(title: str, content: dict[str, Any]) -> Table:
     """Any summary, a row per value; nested values are flattened to `outer.inner`."""
     table = Table("", "", title=title, title_justify="left", show_header=False)
     for key, value in _flat(content):
-        table.add_row(key, _shown(value))
+        table.add_row(key, escape(_shown(value)))
     return table
 
 

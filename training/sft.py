@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from semantic_ids.bundle import TOKENIZER, FileTokenizer, load_text_tokenizer
 from semantic_ids.catalog import Catalog
-from semantic_ids.codes import SidVocabulary
+from semantic_ids.codes import SidVocabulary, TokenIds
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.prompt import (
@@ -156,11 +156,7 @@ def run(
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
                     log_likelihood = item_log_likelihood(model, catalog, vocabulary, batch)  # (items,)
                 loss = -log_likelihood.mean()
-                if not torch.isfinite(loss):
-                    raise StageError(
-                        f"the loss is {loss.item()} in epoch {epoch + 1}: "
-                        f"lower sft.learning_rate (now {config.learning_rate})"
-                    )
+                _refuse_non_finite(loss.item(), epoch + 1, config)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -171,6 +167,7 @@ def run(
                 bar.advance()
             epoch += 1
             validated = mean_target_log_likelihood(model, examples, validation, config)
+            _refuse_non_finite(-validated, epoch, config)
             progress |= {"train": total / num_items, "tokens": progress["tokens"] + tokens}
             progress["seconds"] += time.monotonic() - start
             if validated > progress["best"]:
@@ -186,7 +183,6 @@ def run(
             )
             bar.note(f"epoch {epoch}: {-progress['train']:.3f} train, {-validated:.3f} validation nats/item")
     write_atomically(folder.path / SPEC, renderer.spec.model_dump_json().encode())
-    (folder.path / CHECKPOINT).unlink(missing_ok=True)
     summary = SftSummary(
         num_parameters=num_parameters,
         epochs=epoch,
@@ -197,6 +193,7 @@ def run(
         seconds=progress["seconds"],
     )
     folder.finish(summary)
+    (folder.path / CHECKPOINT).unlink(missing_ok=True)
     return summary
 
 
@@ -219,25 +216,35 @@ class Examples:
         self.renderer = renderer
         self._items = history_items(catalog)
 
-    def batch(self, windows: Sequences, *, last_only: bool = False) -> Batch:
-        """All items of each window as targets, or only the last."""
-        rendered = [self.renderer.training_row([self._items[rank] for rank in window]) for window in windows]
-        token_ids = np.full((len(rendered), max(len(row.token_ids) for row in rendered)), _PAD_TOKEN_ID)
+    def batch(self, windows: Sequences) -> Batch:
+        """Every item of each window is a target."""
+        rows = [self.renderer.training_row([self._items[rank] for rank in window]) for window in windows]
         num_levels = self.vocabulary.space.num_levels
-        rows, positions, ranks = [], [], []
-        for number, (row, window) in enumerate(zip(rendered, windows, strict=True)):
-            token_ids[number, : len(row.token_ids)] = row.token_ids
-            places = np.flatnonzero(row.levels >= 0).reshape(-1, num_levels) - 1  # the output before predicts
-            first = len(places) - 1 if last_only else 0
-            positions.append(places[first:])
-            rows.append(np.full(len(places) - first, number))
-            ranks.append(window[first:])
-        return Batch(
-            token_ids=torch.from_numpy(token_ids),
-            ranks=np.concatenate(ranks).astype(np.int64),
-            positions=torch.from_numpy(np.concatenate(positions)),
-            rows=torch.from_numpy(np.concatenate(rows)),
-        )
+        places = [np.flatnonzero(row.levels >= 0).reshape(-1, num_levels) for row in rows]
+        return _batch([row.token_ids for row in rows], places, list(windows))
+
+    def batch_of_last(self, windows: Sequences) -> Batch:
+        """Only the last item of each window is a target, after the very prompt that serving makes of the others."""
+        token_ids, places = [], []
+        for window in windows:
+            prompt = self.renderer.render([self._items[rank] for rank in window[:-1]]).token_ids
+            target = self.vocabulary.token_ids(self.catalog.codes[window[-1]])
+            token_ids.append(np.concatenate((prompt, target)))
+            places.append(len(prompt) + np.arange(len(target))[None])
+        return _batch(token_ids, places, [window[-1:] for window in windows])
+
+
+def _batch(token_ids: list[TokenIds], places: list[npt.NDArray[np.int64]], ranks: list[npt.NDArray[np.int32]]) -> Batch:
+    """Pad rows; `places` (items, L) are the positions of each row's target codes, `ranks` (items,) the targets."""
+    padded = np.full((len(token_ids), max(map(len, token_ids))), _PAD_TOKEN_ID)
+    for number, row in enumerate(token_ids):
+        padded[number, : len(row)] = row
+    return Batch(
+        token_ids=torch.from_numpy(padded),
+        ranks=np.concatenate(ranks).astype(np.int64),
+        positions=torch.from_numpy(np.concatenate(places) - 1),  # the output before predicts
+        rows=torch.from_numpy(np.repeat(np.arange(len(places)), [len(place) for place in places])),
+    )
 
 
 def item_log_likelihood(model: PreTrainedModel, catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
@@ -251,7 +258,9 @@ def item_log_likelihood(model: PreTrainedModel, catalog: Catalog, vocabulary: Si
         prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
         distinct, place = np.unique(prefix, return_inverse=True)
         mask = LegalCodes.of(catalog.trie, distinct, hidden.device).mask[torch.from_numpy(place)]  # (items, K)
-        logits = functional.linear(hidden[batch.rows, batch.positions[:, level]], head.weight[vocabulary.block(level)])
+        block = vocabulary.block(level)
+        bias = head.bias[block] if getattr(head, "bias", None) is not None else None
+        logits = functional.linear(hidden[batch.rows, batch.positions[:, level]], head.weight[block], bias)
         total = total + legal_log_softmax(logits, mask).gather(1, codes[:, level : level + 1])[:, 0]
     return total
 
@@ -267,7 +276,7 @@ def mean_target_log_likelihood(
     for users in np.array_split(
         np.argsort(windows.lengths, kind="stable"), max(1, -(-len(windows) // config.batch_size))
     ):
-        batch = examples.batch(windows.select(users), last_only=True)
+        batch = examples.batch_of_last(windows.select(users))
         total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
     return total / len(windows)
 
@@ -280,7 +289,7 @@ def history_items(catalog: Catalog) -> list[HistoryItem]:
 
 def prompt_windows(histories: Sequences, targets: npt.NDArray[np.int32], max_history: int) -> Sequences:
     """Each history cut as serving cuts it, with the target behind it."""
-    start = np.array([window_start(int(length), max_history - 1) for length in histories.lengths], np.int64)
+    start = np.array([window_start(int(length), max_history) for length in histories.lengths], np.int64)
     cut = histories.slice_each(start, histories.lengths)
     items = np.insert(cut.items, cut.offsets[1:], targets)
     return Sequences(cut.offsets + np.arange(len(cut.offsets)), items.astype(np.int32))
@@ -406,6 +415,11 @@ def _parameter_groups(model: PreTrainedModel, config: SftConfig) -> list[dict[st
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _refuse_non_finite(loss: float, epoch: int, config: SftConfig) -> None:
+    if not math.isfinite(loss):
+        raise StageError(f"the loss is {loss} in epoch {epoch}: lower sft.learning_rate (now {config.learning_rate})")
 
 
 def _warmup_cosine(step: int, total: int, warmup_share: float) -> float:

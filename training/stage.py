@@ -61,8 +61,14 @@ class StageFolder:
         self._config = identity["config"]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         owner = path / ".fingerprint"
-        if path.exists() and (not owner.exists() or owner.read_text() != self.fingerprint):
-            shutil.rmtree(path)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists() and any(file.suffix != ".tmp" for file in path.iterdir()):
+            if not owner.exists():
+                raise StageError(f"{path} exists and no stage made it: give another run folder, or move it away")
+            if owner.read_text() != self.fingerprint:
+                path.rename(old)  # at once: a folder emptied by half would pass for one of this fingerprint
+                shutil.rmtree(old)
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(owner, self.fingerprint.encode())
 

@@ -129,7 +129,7 @@ def _best_children(
 
 
 def _top(score: Scores, width: int) -> npt.NDArray[np.int64]:
-    """Places of the `width` best, best first; equal scores stand in the order given, which is the beams' and within a beam the codes'."""
+    """Places of the `width` best, best first; equal scores stand as given: by beam, then by code."""
     if len(score) > 4 * width:  # a full sort of few is cheaper than a selection
         threshold = np.partition(score, len(score) - width)[len(score) - width]
         candidates = np.flatnonzero(score >= threshold)

@@ -4,9 +4,11 @@
 `sidrec-serve run` does, on a free port, which it writes to stdout once it is ready.
 """
 
+import itertools
 import logging
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +24,24 @@ from service.state import State
 
 
 class InstantEngine:
-    """The most popular items that a request may get. Serves requests without a filter of their own."""
+    """The most popular items that a request may get. For requests whose only filter is the seen set."""
 
     name = "instant"
     is_ready = True
     num_waiting = 0
 
     def __init__(self, bundle: Bundle, _settings: Settings, _metrics: Metrics) -> None:
-        self._by_popularity = bundle.catalog.by_popularity
+        self._by_popularity = bundle.catalog.by_popularity.tolist()
         self._scores = -np.arange(len(bundle.catalog), dtype=np.float32)
 
     async def start(self) -> None:
         """Nothing to load."""
 
     async def decode(self, request: DecodeRequest) -> DecodeResult:
-        """Only seen items are denied, so this many candidates always hold `width` eligible ones."""
-        candidates = self._by_popularity[: request.width + len(request.item_filter.deny)]
-        ranks = candidates[request.item_filter.contains(candidates)][: request.width]
+        """The first `width` items that are not denied: some microseconds."""
+        denied = set(request.item_filter.deny.tolist())
+        eligible = (rank for rank in self._by_popularity if rank not in denied)
+        ranks = np.fromiter(itertools.islice(eligible, request.width), np.int64)
         return DecodeResult(ranks, self._scores[: len(ranks)])
 
     async def stop(self) -> None:
@@ -65,7 +68,8 @@ def main() -> None:
     web = create_app(settings, engine_factory=InstantEngine, on_ready=on_ready)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
     config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
     if web.state.startup_error is not None:
         raise SystemExit(f"the service could not start: {web.state.startup_error}")
 

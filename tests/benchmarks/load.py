@@ -4,6 +4,7 @@ A lean client of its own, so that on two cores the server's time is measured and
 """
 
 import asyncio
+import itertools
 import re
 import selectors
 import time
@@ -33,6 +34,12 @@ class Measured:
     latencies: list[float] = field(default_factory=list)
     num_errors: int = 0
     elapsed_s: float = 0.0
+
+    @classmethod
+    def pooled(cls, parts: "Sequence[Measured]") -> "Measured":
+        """Several loads as if they were one."""
+        latencies = [latency for part in parts for latency in part.latencies]
+        return cls(latencies, sum(part.num_errors for part in parts), sum(part.elapsed_s for part in parts))
 
     def percentile_ms(self, percent: float) -> float:
         """A percentile of the latencies."""
@@ -88,12 +95,13 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    """Sends `messages` one after the other, from the first again after the last; `is_good` judges the answers."""
+    """Sends `messages` one after the other, from the first again after the last; `is_good` judges the answers.
 
-    def __init__(
-        self, connections: Sequence[Connection], messages: Sequence[bytes], is_good: Callable[[Response], bool]
-    ) -> None:
-        self._connections = connections
+    Every loop opens connections of its own: a server hangs up those that were idle for some seconds.
+    """
+
+    def __init__(self, port: int, messages: Sequence[bytes], is_good: Callable[[Response], bool]) -> None:
+        self._port = port
         self._messages = messages
         self._is_good = is_good
         self._next = 0
@@ -103,39 +111,37 @@ class Load:
     ) -> Measured:
         """`concurrency` clients, each of which sends its next request when it has its answer."""
         measured = Measured()
-        left = iter(range(num_requests)) if num_requests is not None else None
-        begin = time.perf_counter()
-
-        def goes_on() -> bool:
-            return time.perf_counter() - begin < seconds and (left is None or next(left, None) is not None)
+        numbers = itertools.count() if num_requests is None else iter(range(num_requests))
 
         async def client(connection: Connection) -> None:
-            while goes_on():
+            while time.perf_counter() - begin < seconds and next(numbers, None) is not None:
                 await self._one(connection, time.perf_counter(), measured)
 
-        async with asyncio.TaskGroup() as clients:
-            for connection in self._connections[:concurrency]:
+        async with connections(self._port, concurrency) as opened, asyncio.TaskGroup() as clients:
+            begin = time.perf_counter()
+            for connection in opened:
                 clients.create_task(client(connection))
         measured.elapsed_s = time.perf_counter() - begin
         return measured
 
-    async def open_loop(self, arrivals_s: npt.NDArray[np.float64]) -> Measured:
+    async def open_loop(self, arrivals_s: npt.NDArray[np.float64], num_connections: int) -> Measured:
         """Requests at set times, whatever the server does; a latency counts from the *scheduled* arrival.
 
-        When every connection is busy a request waits here, and that wait counts too.
+        When every connection is busy a request waits here, and that wait counts too. The connections take turns, so
+        none is idle for long.
         """
         measured = Measured()
-        idle: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
-        for connection in self._connections:
-            idle.put_nowait(connection)
-        begin = time.perf_counter()
+        idle: asyncio.Queue[Connection] = asyncio.Queue()
 
         async def one(due: float) -> None:
             connection = await idle.get()
             await self._one(connection, due, measured)
             idle.put_nowait(connection)
 
-        async with asyncio.TaskGroup() as requests:
+        async with connections(self._port, num_connections) as opened, asyncio.TaskGroup() as requests:
+            for connection in opened:
+                idle.put_nowait(connection)
+            begin = time.perf_counter()
             for arrival in arrivals_s.tolist():
                 await asyncio.sleep(begin + arrival - time.perf_counter())
                 requests.create_task(one(begin + arrival))

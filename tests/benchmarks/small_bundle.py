@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from semantic_ids.bundle import BundleParts, publish
 from semantic_ids.catalog import Catalog
@@ -24,6 +25,7 @@ def publish_small_bundle(bundles: Path, num_items: int) -> None:
     """Random SIDs, neighbours and weights, seed 0; the model is tiny and never asked."""
     rng = np.random.default_rng(0)
     vocabulary = SidVocabulary(SPACE, len(COMPACT_SPECIAL_TOKENS), len(COMPACT_SPECIAL_TOKENS) + SPACE.num_tokens)
+    disable_progress_bar()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
