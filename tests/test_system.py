@@ -254,7 +254,8 @@ async def serving(env: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
             assert line, said.decode()
             said += line
         rest = asyncio.create_task(process.stderr.read())
-        limits = httpx.Limits(max_keepalive_connections=None)  # one connection for each conversation
+        # A connection for each conversation, given up well before the server, after 5 s without a request, hangs up.
+        limits = httpx.Limits(max_keepalive_connections=None, keepalive_expiry=1.0)
         async with httpx.AsyncClient(base_url=address[0].decode(), timeout=120, limits=limits) as http:
             assert (await http.get("/health/ready")).status_code == 200
             yield http

@@ -5,22 +5,20 @@
 """
 
 import itertools
-import logging
 import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 
 from semantic_ids.bundle import Bundle
 from service.app import create_app
 from service.engine.base import DecodeRequest, DecodeResult
 from service.logs import configure
 from service.metrics import Metrics
+from service.server import Server
 from service.settings import Settings
-from service.state import State
 
 
 class InstantEngine:
@@ -51,7 +49,12 @@ class InstantEngine:
 def settings_in(folder: Path) -> Settings:
     """Settings that no environment variable changes in what matters here."""
     return Settings(
-        bundles=folder / "bundles", data_dir=folder / "redis", redis_url=None, api_key_hashes=(), log_level="warning"
+        host="127.0.0.1",
+        api_key_hashes=(),
+        bundles=folder / "bundles",
+        redis_url=None,
+        data_dir=folder / "redis",
+        log_level="warning",
     )
 
 
@@ -61,15 +64,13 @@ def main() -> None:
     configure(settings.log_level, settings.log_format)
     listener = socket.create_server(("127.0.0.1", 0))
 
-    def on_ready(_state: State) -> None:
+    def announce() -> None:
         sys.stdout.write(f"{listener.getsockname()[1]}\n")
         sys.stdout.flush()
 
-    web = create_app(settings, engine_factory=InstantEngine, on_ready=on_ready)
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-    config = uvicorn.Config(web, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+    web = create_app(settings, engine_factory=InstantEngine)
+    with suppress(KeyboardInterrupt, SystemExit):
+        Server(web, announce).run(sockets=[listener])
     if web.state.startup_error is not None:
         raise SystemExit(f"the service could not start: {web.state.startup_error}")
 

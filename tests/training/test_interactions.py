@@ -154,7 +154,7 @@ def test_loading_from_a_folder_without_a_dataset_says_to_run_the_stage(tmp_path)
 def test_the_stage_is_marked_done_with_its_summary(tmp_path):
     data_dir = given_files(tmp_path)
     _, summary = run_stage(data_dir)
-    folder = StageFolder(data_dir / "run", DataConfig(), {"data": fingerprint_of(data_dir)})  # type: ignore[call-arg]
+    folder = StageFolder(data_dir / "run", DataConfig(), {"data": fingerprint_of(data_dir)})
     assert folder.finished() == summary.model_dump(mode="json")
 
 
