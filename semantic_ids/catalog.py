@@ -106,15 +106,12 @@ class Catalog:
         hashes = hash_ids(ids)
         first = np.searchsorted(self.id_hashes, hashes)
         end = np.searchsorted(self.id_hashes, hashes, side="right")
-        ranks: list[int] = []
-        unknown: list[str] = []
-        for item_id, low, high in zip(ids, first.tolist(), end.tolist(), strict=True):
-            # Nearly always one candidate or none; ids with one hash stand side by side.
-            candidates = self.id_hash_ranks[low:high].tolist()
-            found = [rank for rank in candidates if self.item_ids[rank] == item_id]
-            ranks += found
-            if not found:
-                unknown.append(item_id)
+        # Nearly always one candidate an id, or none; ids with one hash stand side by side.
+        places = [place for low, high in zip(first.tolist(), end.tolist(), strict=True) for place in range(low, high)]
+        candidates = self.id_hash_ranks[np.array(places, np.int64)]
+        rank_of = dict(zip(self.item_ids.take(candidates), candidates.tolist(), strict=True))
+        ranks = [rank_of[item_id] for item_id in ids if item_id in rank_of]
+        unknown = [item_id for item_id in ids if item_id not in rank_of]
         return np.array(ranks, np.int64), unknown
 
     def categories_of(self, rank: int) -> list[str]:

@@ -33,7 +33,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import DataError, NoScriptError, RedisError
+from redis.exceptions import DataError, NoScriptError, RedisError, ResponseError
 
 from service.redis_keys import DEFAULT_NAMESPACE, UserKeys, user_keys
 
@@ -337,6 +337,12 @@ class Histories:
     async def _evalsha(self, script: str, calls: list[_ScriptCall]) -> list[Any]:
         # Not AsyncScript on a pipeline: it asks SCRIPT EXISTS before every execution, a second round trip.
         sha = _SHA[script]
+        if len(calls) == 1:  # as every read is: a pipeline's bookkeeping would cost 50 µs
+            names = calls[0].keys.all()
+            try:
+                return [await self._redis.evalsha(sha, len(names), *names, *calls[0].args)]
+            except ResponseError as refusal:
+                return [refusal]
         async with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
                 names = call.keys.all()

@@ -1,5 +1,6 @@
 """uvicorn as this service runs it."""
 
+import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -23,4 +24,8 @@ class Server(uvicorn.Server):
         """Start the application, then listen."""
         await super().startup(sockets=sockets)
         if self.started:
+            # Modules, routes and the model live as long as the process: each full collection over them would stop
+            # every request (35 ms measured without torch).
+            gc.collect()
+            gc.freeze()
             self._on_listening()

@@ -67,6 +67,6 @@ class UserContexts:
 
     def prompt(self, context: UserContext) -> np.ndarray:
         """The prompt's token ids."""
-        catalog = self._catalog
-        items = [HistoryItem(catalog.codes[rank], catalog.titles[rank]) for rank in context.history]
+        codes, titles = self._catalog.codes[context.history], self._catalog.titles.take(context.history)
+        items = [HistoryItem(*item) for item in zip(codes, titles, strict=True)]
         return self._renderer.render(items).token_ids

@@ -1,5 +1,7 @@
 """Stage `vectors`: every item's text as a vector. Knows items only, never interactions."""
 
+import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from training.stage import StageConfig, StageError, StageFolder, Summary, progre
 
 VECTORS = "vectors.npy"
 IDENTITY = "encoder.json"
+PARTS = "parts"
+PART_SIZE = 4096  # texts; about half a minute of MiniLM on two cores
 
 
 class VectorsConfig(StageConfig):
@@ -43,16 +47,33 @@ def run(config: VectorsConfig, dataset: Dataset, folder: StageFolder) -> Vectors
         encoder = TextEncoder(config.encoder)
     except TextEncoderError as error:
         raise StageError(str(error)) from error
-    with progress_bar("vectors: item texts", len(distinct)) as bar:
-        encoded = encoder.encode(distinct, batch=config.batch_size, on_batch=bar.advance)
+    encoded = _encode(encoder, distinct, config, folder.path / PARTS)
     place = {text: row for row, text in enumerate(distinct)}
     np.save(folder.path / VECTORS, encoded[[place[text] for text in texts]])
+    shutil.rmtree(folder.path / PARTS)
     write_atomically(folder.path / IDENTITY, encoder.identity.model_dump_json().encode())
     summary = VectorsSummary(
         encoder=config.encoder, dimension=encoder.identity.dimension, num_items=len(texts), distinct_texts=len(distinct)
     )
     folder.finish(summary)
     return summary
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[str], config: VectorsConfig, parts: Path) -> npt.NDArray[np.float32]:
+    """Vectors of all texts; every finished part is on disk, so that a killed run goes on behind it."""
+    parts.mkdir(exist_ok=True)
+    vectors = np.empty((len(texts), encoder.identity.dimension), np.float32)
+    with progress_bar("vectors: item texts", len(texts)) as bar:
+        for start in range(0, len(texts), PART_SIZE):
+            part, piece = parts / f"{start}.npy", texts[start : start + PART_SIZE]
+            if part.exists():
+                bar.advance(len(piece))
+            else:
+                content = io.BytesIO()
+                np.save(content, encoder.encode(piece, batch=config.batch_size, on_batch=bar.advance))
+                write_atomically(part, content.getvalue())
+            vectors[start : start + PART_SIZE] = np.load(part)
+    return vectors
 
 
 def item_texts(dataset: Dataset) -> Sequence[str]:

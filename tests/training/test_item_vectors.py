@@ -8,7 +8,7 @@ import pytest
 from semantic_ids.text_encoder import PACKAGED_MINILM
 from tests.training.conftest import NUM_ITEMS, TWINS, Run
 from training.interactions import Dataset
-from training.item_vectors import VectorsConfig, item_texts, load_vectors, run
+from training.item_vectors import PARTS, VectorsConfig, item_texts, load_vectors, run
 from training.stage import StageError, StageFolder
 
 
@@ -58,3 +58,15 @@ def test_an_encoder_that_is_not_there_is_named_with_the_ways_out(dataset, tmp_pa
     config = VectorsConfig(encoder="/no/such/encoder", threads=1)
     with pytest.raises(StageError, match=r"'/no/such/encoder' cannot be loaded.*Name a local folder, a hub model, or"):
         run(config, dataset, StageFolder(tmp_path / "vectors", config, {}))
+
+
+def test_a_part_that_a_killed_run_left_is_not_encoded_again(dataset, tmp_path):
+    config = VectorsConfig(threads=1)
+    folder = StageFolder(tmp_path / "vectors", config, {})
+    left_behind = np.random.default_rng(0).normal(size=(NUM_ITEMS - 1, 384)).astype(np.float32)
+    (folder.path / PARTS).mkdir()
+    np.save(folder.path / PARTS / "0.npy", left_behind)
+    run(config, dataset, folder)
+    vectors, _ = load_vectors(folder.path)
+    assert (np.unique(vectors, axis=0) == np.unique(left_behind, axis=0)).all()
+    assert not (folder.path / PARTS).exists()
