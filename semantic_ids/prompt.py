@@ -86,7 +86,7 @@ class PromptRenderer(Protocol):
         ...
 
     def training_row(self, items: Sequence[HistoryItem]) -> TrainingRow:
-        """A sequence of items with a loss on every SID; at serving each of its items is asked for by `render`."""
+        """At most `max_history` items and one more, with a loss on every SID; `render` asks for each at serving."""
         ...
 
 
@@ -102,6 +102,7 @@ class CompactPrompt:
 
     def render(self, history: Sequence[HistoryItem]) -> Prompt:
         """`<bos>` and the history's SIDs; there is no volatile part."""
+        _check_length(len(history), self.spec)
         token_ids = self._token_ids(history)
         return Prompt(token_ids, len(token_ids))
 
@@ -109,10 +110,10 @@ class CompactPrompt:
         """Every SID token is a target, the first item's too."""
         num_levels = self._vocabulary.space.num_levels
         levels = np.tile(np.arange(num_levels, dtype=np.int8), len(items))
+        _check_length(len(items) - 1, self.spec)
         return TrainingRow(self._token_ids(items), np.concatenate(([np.int8(-1)], levels)))
 
     def _token_ids(self, items: Sequence[HistoryItem]) -> TokenIds:
-        _check_length(len(items), self.spec)
         if not items:
             return np.array([self.bos_token_id], np.int64)
         codes = np.stack([item.codes for item in items])

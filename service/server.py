@@ -15,8 +15,16 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, on_listening: Callable[[], None]) -> None:
         # Requests are in the metrics, faults in our own log; uvicorn's lines would say both again.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        # Kept longer than clients and proxies keep theirs, so that no request meets a connection that just closed.
         super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=20)
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=20,
+                timeout_keep_alive=75,
+            )
         )
         self._on_listening = on_listening
 

@@ -34,7 +34,14 @@ DataOption = Annotated[Path, typer.Option("--data", help="Folder with interactio
 OutOption = Annotated[
     Path, typer.Option("--out", help="Run folder; what is finished there is not done again.", show_default=False)
 ]
-ConfigOption = Annotated[str, typer.Option("--config", help="A packaged configuration (default, demo) or a YAML file.")]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="A packaged configuration (default, demo) or a YAML file; absent: what RUN was last run with, else default.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that are not valid, and list them.")]
 Overrides = Annotated[
@@ -63,7 +70,7 @@ def _add_stage(name: "StageName") -> None:
         data: DataOption,
         out: OutOption,
         overrides: Overrides = None,
-        config: ConfigOption = "default",
+        config: ConfigOption = None,
         skip_bad_rows: SkipOption = False,
         as_json: JsonOption = False,
     ) -> None:
@@ -81,7 +88,7 @@ def pipeline(
     data: DataOption,
     out: OutOption,
     overrides: Overrides = None,
-    config: ConfigOption = "default",
+    config: ConfigOption = None,
     skip_bad_rows: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -127,10 +134,12 @@ def main() -> None:
 
 
 def _run(
-    until: "StageName", data: Path, out: Path, overrides: list[str], config: str, skip_bad_rows: bool
+    until: "StageName", data: Path, out: Path, overrides: list[str], config: str | None, skip_bad_rows: bool
 ) -> dict["StageName", Summary]:
-    from training.pipeline import Pipeline, load_config
+    from training.pipeline import RESOLVED_CONFIG, Pipeline, load_config
 
+    if config is None:
+        config = str(out / RESOLVED_CONFIG) if (out / RESOLVED_CONFIG).exists() else "default"
     settings: dict[str, str] = {}
     for text in overrides:
         key, separator, value = text.partition("=")

@@ -32,6 +32,8 @@ StageName = Literal["data", "vectors", "collaborative", "tokenizer", "sft", "eva
 STAGES: tuple[StageName, ...] = ("data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish")
 
 CONFIGS = Path(__file__).parent / "configs"
+RESOLVED_CONFIG = "config.yaml"
+"""In a run folder: every setting of its last run, and so the configuration of the next."""
 
 
 class PipelineConfig(StageConfig):
@@ -96,7 +98,7 @@ class Pipeline:
         except OSError as error:
             raise StageError(f"the run folder {self._out} cannot be made ({error.strerror}): give another") from error
         resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(self._out / "config.yaml", resolved.encode())
+        write_atomically(self._out / RESOLVED_CONFIG, resolved.encode())
         needed = _with_upstream(until)
         return {name: self._run_stage(name) for name in STAGES if name in needed}
 

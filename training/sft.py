@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,6 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
-from transformers.utils.logging import disable_progress_bar
 
 from semantic_ids.bundle import TOKENIZER, FileTokenizer, load_text_tokenizer
 from semantic_ids.catalog import Catalog
@@ -43,6 +41,9 @@ from semantic_ids.trie import ROOT
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.sequences import Sequences
 from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+
+if TYPE_CHECKING:  # transformers takes seconds to load, and a finished pipeline needs none of it
+    from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 CHECKPOINT = "checkpoint.pt"
 MODEL = "model"
@@ -129,6 +130,8 @@ def run(
     """
     if len(validation.targets) == 0:
         raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -247,7 +250,7 @@ def _batch(token_ids: list[TokenIds], places: list[npt.NDArray[np.int64]], ranks
     )
 
 
-def item_log_likelihood(model: PreTrainedModel, catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
+def item_log_likelihood(model: "PreTrainedModel", catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
     """Score of each target item, (items,): the sum over levels of its code's log-probability among the legal codes."""
     hidden = model.base_model(inputs_embeds=_embed(model, batch.token_ids), use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
@@ -267,7 +270,7 @@ def item_log_likelihood(model: PreTrainedModel, catalog: Catalog, vocabulary: Si
 
 @torch.inference_mode()
 def mean_target_log_likelihood(
-    model: PreTrainedModel, examples: Examples, split: TargetSplit, config: SftConfig
+    model: "PreTrainedModel", examples: Examples, split: TargetSplit, config: SftConfig
 ) -> float:
     """Mean score of the split's targets after the prompts that serving would make."""
     model.train(False)
@@ -296,15 +299,16 @@ def prompt_windows(histories: Sequences, targets: npt.NDArray[np.int32], max_his
 
 
 def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[Sequences]:
-    """Every event of every sequence once, in windows of at most `max_history` items cut at a random phase.
+    """Every event of every sequence once, in windows of a full history and its target, cut at a random phase.
 
     A pure function of (seed, epoch). Rows of like length share a batch.
     """
     rng = np.random.default_rng((config.seed, epoch))
+    longest = config.max_history + 1
     users, starts, stops = [], [], []
     for user, length in enumerate(train.lengths):
-        phase = int(rng.integers(config.max_history)) if length > config.max_history else 0
-        edges = [0, *range(phase or config.max_history, int(length), config.max_history), int(length)]
+        phase = int(rng.integers(longest)) if length > longest else 0
+        edges = [0, *range(phase or longest, int(length), longest), int(length)]
         users += [user] * (len(edges) - 1)
         starts += edges[:-1]
         stops += edges[1:]
@@ -321,8 +325,10 @@ def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[S
 
 def build_model(
     config: SftConfig, catalog: Catalog, folder: Path
-) -> tuple[PreTrainedModel, SidVocabulary, PromptRenderer]:
+) -> tuple["PreTrainedModel", SidVocabulary, PromptRenderer]:
     """A fresh or extended model with its SID block and its prompts."""
+    from transformers import AutoModelForCausalLM
+
     if config.base_model is None:
         vocabulary = compact_vocabulary(catalog)
         model = AutoModelForCausalLM.from_config(_fresh_config(config, vocabulary))
@@ -345,11 +351,13 @@ def compact_vocabulary(catalog: Catalog) -> SidVocabulary:
 
 def extend_pretrained(
     name: str, catalog: Catalog, folder: Path
-) -> tuple[PreTrainedModel, SidVocabulary, TextTokenizer]:
+) -> tuple["PreTrainedModel", SidVocabulary, TextTokenizer]:
     """A pretrained model with the SID block appended to its vocabulary, and its tokenizer, saved into `model/` too.
 
     New rows start at the mean of the old ones plus noise of their spread, so that no new token begins as an outlier.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -371,7 +379,9 @@ def extend_pretrained(
     return model, vocabulary, FileTokenizer(tokenizer.backend_tokenizer)
 
 
-def _fresh_config(config: SftConfig, vocabulary: SidVocabulary) -> LlamaConfig | Qwen3Config:
+def _fresh_config(config: SftConfig, vocabulary: SidVocabulary) -> "LlamaConfig | Qwen3Config":
+    from transformers import LlamaConfig, Qwen3Config
+
     if config.hidden_size % config.num_heads:
         raise StageError(f"sft.hidden_size={config.hidden_size} is not a multiple of sft.num_heads={config.num_heads}")
     kind = LlamaConfig if config.architecture == "llama" else Qwen3Config
@@ -392,7 +402,7 @@ def _fresh_config(config: SftConfig, vocabulary: SidVocabulary) -> LlamaConfig |
     )
 
 
-def _add_dropout(model: PreTrainedModel, share: float) -> None:
+def _add_dropout(model: "PreTrainedModel", share: float) -> None:
     """Dropout on every attention and MLP output. Hooks, so that the checkpoint stays a plain Llama or Qwen3."""
 
     def drop(module: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -406,12 +416,12 @@ def _add_dropout(model: PreTrainedModel, share: float) -> None:
     model.get_input_embeddings().register_forward_hook(drop)
 
 
-def _embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+def _embed(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
     embedded: Tensor = model.get_input_embeddings()(token_ids.to(model.device))
     return embedded
 
 
-def _parameter_groups(model: PreTrainedModel, config: SftConfig) -> list[dict[str, object]]:
+def _parameter_groups(model: "PreTrainedModel", config: SftConfig) -> list[dict[str, object]]:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -429,7 +439,7 @@ def _warmup_cosine(step: int, total: int, warmup_share: float) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-def _save_model(model: PreTrainedModel, path: Path) -> None:
+def _save_model(model: "PreTrainedModel", path: Path) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)

@@ -41,6 +41,10 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: everything but how many threads compute it."""
+        return self.model_dump(mode="json", exclude={"threads"})
+
 
 class Summary(BaseModel):
     """Base of every stage's summary: what `--json` prints and what the table at the end shows."""
@@ -55,10 +59,10 @@ class StageFolder:
     stage can resume from its own checkpoints.
     """
 
-    def __init__(self, path: Path, config: BaseModel, upstream: dict[str, str], code_version: int = 1) -> None:
+    def __init__(self, path: Path, config: StageConfig, upstream: dict[str, str], code_version: int = 1) -> None:
         self.path = path
-        identity = {"config": config.model_dump(mode="json"), "upstream": upstream, "code_version": code_version}
-        self._config = identity["config"]
+        identity = {"config": config.identity(), "upstream": upstream, "code_version": code_version}
+        self._config = config.model_dump(mode="json")
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         owner = path / ".fingerprint"
         old = path.with_name(f".{path.name}.old")

@@ -205,4 +205,4 @@ def _conditional_bits(space: SidSpace, codes: Codes, weights: npt.NDArray[np.int
         share = np.bincount(inverse.reshape(-1), weights) / weights.sum()
         share = share[share > 0]
         entropies.append(float(-(share * np.log2(share)).sum()))
-    return [after - before for before, after in itertools.pairwise(entropies)]
+    return [max(0.0, after - before) for before, after in itertools.pairwise(entropies)]

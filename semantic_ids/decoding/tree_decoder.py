@@ -13,15 +13,16 @@ the mask.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from semantic_ids.codes import SidError, SidVocabulary, TokenIds
+
+if TYPE_CHECKING:  # transformers takes seconds to load, and what only names these types needs none of it
+    from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TreeRows:
 class TreeState:
     """The cache that a batch of prompts and all their continuations share."""
 
-    def __init__(self, cache: DynamicCache, root: TreeRows, last_hidden: Tensor) -> None:
+    def __init__(self, cache: "DynamicCache", root: TreeRows, last_hidden: Tensor) -> None:
         self.cache = cache
         self.root = root  # R = 1: each prompt itself
         self.last_hidden = last_hidden  # (B, 1, D)
@@ -44,7 +45,7 @@ class TreeState:
 class TreeDecoder:
     """Runs prompts and tree-shaped continuations of one model. Not thread-safe; no gradient."""
 
-    def __init__(self, model: PreTrainedModel, vocabulary: SidVocabulary, pad_token_id: int = 0) -> None:
+    def __init__(self, model: "PreTrainedModel", vocabulary: SidVocabulary, pad_token_id: int = 0) -> None:
         size = model.config.get_text_config().vocab_size
         if size != vocabulary.vocab_size:
             raise SidError(f"the model's vocabulary of {size} is not the SID vocabulary's {vocabulary.vocab_size}")
@@ -60,6 +61,9 @@ class TreeDecoder:
         cls, model_folder: Path, vocabulary: SidVocabulary, dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> "TreeDecoder":
         """The decoder of a transformers checkpoint."""
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
         disable_progress_bar()  # a loaded model is a detail of something larger, which shows its own progress
         return cls(AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)), vocabulary)
 
@@ -78,6 +82,8 @@ class TreeDecoder:
         for row, prompt in enumerate(prompts):
             token_ids[row, : len(prompt)] = torch.from_numpy(prompt)
         # Padding is on the right, behind every real token, so the plain causal mask is already right.
+        from transformers import DynamicCache
+
         cache = DynamicCache(config=self.model.config)
         output = self.model.base_model(input_ids=token_ids.to(self.device), past_key_values=cache, use_cache=True)
         rows = torch.arange(len(prompts), device=self.device)
