@@ -38,7 +38,7 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help="A packaged configuration (default, demo) or a YAML file; absent: what RUN was last run with, else default.",
+        help="A packaged configuration (default, demo) or a YAML file; absent: RUN's last one, else default.",
         show_default=False,
     ),
 ]

@@ -485,8 +485,8 @@ def _require_usable(train: Sequences, validation: EvaluationInput, num_items: in
         )
     if not len(validation.targets) or len(validation.targets) != len(validation.histories):
         raise StageError(
-            f"validation has {len(validation.targets)} targets for {len(validation.histories)} histories, and a user gives one "
-            "with at least three events; "
+            f"validation has {len(validation.targets)} targets for {len(validation.histories)} histories; "
+            "a user gives one with at least three events; "
             "it takes one of each per user, and at least one user"
         )
     for name, items in (("train", train.items), ("validation targets", validation.targets)):

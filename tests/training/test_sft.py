@@ -166,7 +166,7 @@ def test_an_epoch_holds_every_event_once_in_windows_that_fit_a_prompt(lengths, m
     windows = [window for batch in batches for window in batch]
     assert sorted(event for window in windows for event in window) == list(range(offsets[-1]))
     for window in windows:
-        assert 1 <= len(window) <= max_history
+        assert 1 <= len(window) <= max_history + 1  # a full history and its target
         assert (np.diff(window) == 1).all()
         assert len(set(user_of_event[window])) == 1
     assert all(len(batch) <= batch_size for batch in batches)
