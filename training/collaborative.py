@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.metrics import RankingMetrics, metrics_of_ranks, target_ranks, top_items
 from training.sequences import Sequences
-from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 
 SASREC_FILE = "sasrec.safetensors"
 ITEM_VECTORS_FILE = "item_vectors.npy"
@@ -47,7 +47,7 @@ class CollaborativeConfig(StageConfig):
     """Settings of SASRec's training and of the kNN's table; the defaults are for catalogues like Amazon Beauty."""
 
     seed: int = Field(default=0, ge=0)
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(1, ge=1, description=THREADS)
     device: str = "cpu"
     embedding_width: int = Field(default=64, ge=1)
     num_layers: int = Field(default=2, ge=1)

@@ -43,7 +43,7 @@ from training.metrics import (
 )
 from training.sequences import Sequences
 from training.sft import TrainedModel, history_items
-from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar
+from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar
 from training.tokenizer import TokenizedCatalog
 
 LIST_LENGTH = 50  # the longest cut-off of the metrics
@@ -56,7 +56,7 @@ class EvaluationConfig(StageConfig):
     width: PositiveInt = Field(50, description="beam width; at least 50 is used, as the metrics reach to 50")
     batch_size: PositiveInt = 32
     bootstrap_samples: PositiveInt = 2000
-    threads: PositiveInt = 2
+    threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from semantic_ids.text_encoder import PACKAGED_MINILM, TextEncoder, TextEncoderError, TextEncoderIdentity, item_text
 from training.interactions import Dataset
-from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 
 VECTORS = "vectors.npy"
 IDENTITY = "encoder.json"
@@ -24,7 +24,7 @@ class VectorsConfig(StageConfig):
 
     encoder: str = Field(PACKAGED_MINILM, description="the packaged MiniLM, a local folder, or a hub name")
     batch_size: int = Field(64, ge=1)
-    threads: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1, description=THREADS)
 
 
 class VectorsSummary(Summary):

@@ -40,7 +40,7 @@ from semantic_ids.prompt import (
 from semantic_ids.trie import ROOT
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.sequences import Sequences
-from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 
 if TYPE_CHECKING:  # transformers takes seconds to load, and a finished pipeline needs none of it
     from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
@@ -72,7 +72,7 @@ class SftConfig(StageConfig):
     warmup_share: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass (autocast)")
-    threads: PositiveInt = 2
+    threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
 
 

@@ -28,6 +28,8 @@ from rich.progress import (
 
 STAGE_FILE = "stage.json"
 
+THREADS = "of torch; one is safe: two on two cores gain half when they are free, and are ten times slower when not"
+
 console = Console(stderr=True)
 """Progress and tables; stdout belongs to `--json`."""
 

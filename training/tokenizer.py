@@ -23,7 +23,7 @@ from semantic_ids.quantizer import ResidualQuantizer, Vectors, squared_distances
 from semantic_ids.trie import sid_keys
 from training.interactions import Dataset
 from training.sequences import Sequences
-from training.stage import Bar, StageConfig, StageError, StageFolder, Summary, progress_bar
+from training.stage import THREADS, Bar, StageConfig, StageError, StageFolder, Summary, progress_bar
 
 Method = Literal["residual-kmeans"]
 
@@ -37,7 +37,7 @@ class TokenizerConfig(StageConfig):
         None, ge=2, le=65_536, description="codes per level (K); by catalogue size if absent"
     )
     kmeans_restarts: int = Field(3, ge=1)
-    threads: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1, description=THREADS)
     seed: int = Field(0, ge=0)
 
 
