@@ -38,7 +38,6 @@ def create_app(
     settings: Settings,
     *,
     engine_factory: EngineFactory = make_engine,
-    on_ready: Callable[[State], None] | None = None,
 ) -> FastAPI:
     """The application; its lifespan loads the bundle, joins or starts Redis, and warms the engine up."""
     metrics = Metrics()
@@ -53,8 +52,6 @@ def create_app(
                 raise
             app.state.sidrec = state
             log.info("ready", bundle=state.bundle.bundle_id, engine=state.engine.name, items=len(state.bundle.catalog))
-            if on_ready is not None:
-                on_ready(state)
             yield
             log.info("stopping")
 
