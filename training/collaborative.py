@@ -228,7 +228,7 @@ class ItemKnn:
         recent = last_of_each(histories, self.last_items)
         age = np.repeat(recent.offsets[1:], recent.lengths) - 1 - np.arange(len(recent.items))
         shape = (len(recent), self.table.shape[0])
-        weights = sparse.csr_array((self.decay**age, recent.items, recent.offsets), shape=shape)
+        weights: sparse.csr_array = sparse.csr_array((self.decay**age, recent.items, recent.offsets), shape=shape)
         scores: npt.NDArray[np.float32] = (weights @ self.table).toarray().astype(np.float32)
         return scores
 
