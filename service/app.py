@@ -82,8 +82,7 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
     stack.push_async_callback(redis.aclose)
     if settings.redis_url is not None and (warning := await check_durability(redis)) is not None:
         log.warning("redis_durability", detail=warning)
-    ttl_s = settings.history_ttl_days * 86_400 if settings.history_ttl_days else None
-    histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=ttl_s)
+    histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=settings.history_ttl_s)
     engine = engine_factory(bundle, settings, metrics)
     stack.push_async_callback(engine.stop)
     await engine.start()

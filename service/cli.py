@@ -74,10 +74,12 @@ def run(
             _print_examples(address, *example)
 
     web = create_app(settings)
-    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn exits by itself when the start fails
-        Server(web, announce).run(sockets=[listener])
-    if (error := web.state.startup_error) is not None:
-        raise ServeError(f"the service could not start: {error}") from error
+    try:
+        with suppress(KeyboardInterrupt):
+            Server(web, announce).run(sockets=[listener])
+    except SystemExit as gave_up:  # uvicorn's way when the application does not start, or the socket cannot listen
+        error = web.state.startup_error or f"{address} was taken meanwhile, set SIDREC_PORT to a free port"
+        raise ServeError(f"the service could not start: {error}") from gave_up
 
 
 @app.command("import-histories")
@@ -195,7 +197,7 @@ async def _import(settings: Settings, file: Path) -> None:
             if await redis.exists(marker):
                 console.print(f"{file}: imported before, nothing to do", highlight=False)
                 return
-            histories = Histories(redis, max_stored=settings.history_max_stored)
+            histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=settings.history_ttl_s)
             users = list(_read_histories(file))
             with Progress(console=console) as progress:
                 task = progress.add_task("import histories", total=sum(len(entries) for _, entries in users))

@@ -98,11 +98,12 @@ async def rerank(
 @api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
 async def record_events(body: EventsRequest, state: StateDep) -> EventsResponse:
     """Store what users did. Idempotent by `event_id`; what is accepted is on disk and visible to the next request."""
-    catalog = state.bundle.catalog
+    _, unknown = state.bundle.catalog.ranks_of(event.item_id for event in body.events)
+    unknown_ids = set(unknown)
     rejected = [
         RejectedEvent(index=index, reason="unknown_item")
         for index, event in enumerate(body.events)
-        if catalog.rank_of(event.item_id) is None
+        if event.item_id in unknown_ids
     ]
     skipped = {one.index for one in rejected}
     events = [

@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
 
+    @property
+    def history_ttl_s(self) -> int | None:
+        """`history_ttl_days` in seconds."""
+        return self.history_ttl_days * 86_400 if self.history_ttl_days else None
+
     @field_validator("api_key_hashes", mode="before")
     @classmethod
     def _split_hashes(cls, value: object) -> object:

@@ -59,6 +59,11 @@ class EvaluationConfig(StageConfig):
     threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
 
+    @property
+    def beam_width(self) -> int:
+        """The width in use: the lists must reach the longest cut-off."""
+        return max(self.width, LIST_LENGTH)
+
 
 class RankingRow(Summary):
     """One ranker's metrics, means over users."""
@@ -150,7 +155,7 @@ def run(
         split=config.split,
         num_users=len(targets),
         num_items=len(tokenized.catalog),
-        width=config.width,
+        width=config.beam_width,
         recall_10_interval=(interval.low, interval.high),
         sid_recall_10=float(lists.sid_hits_10.mean()),
         target_log_likelihood=float(lists.target_log_likelihood.mean()),
@@ -197,7 +202,7 @@ class GenerativeRanker:
         sid_hits, likelihood = np.zeros(num_users, np.bool_), np.zeros(num_users)
         first_ten = np.full((num_users, 10), -1, np.int32)
         order = np.argsort(histories.lengths, kind="stable")
-        width = max(config.width, LIST_LENGTH)
+        width = config.beam_width
         with progress_bar("evaluate: beams", num_users) as bar:
             for start in range(0, num_users, config.batch_size):
                 users = order[start : start + config.batch_size]

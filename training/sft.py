@@ -25,7 +25,7 @@ from semantic_ids.bundle import TOKENIZER, FileTokenizer, load_text_tokenizer
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary, TokenIds
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
-from semantic_ids.decoding.tree_decoder import TreeDecoder
+from semantic_ids.decoding.tree_decoder import TreeDecoder, level_logits
 from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
@@ -253,7 +253,6 @@ def _batch(token_ids: list[TokenIds], places: list[npt.NDArray[np.int64]], ranks
 def item_log_likelihood(model: "PreTrainedModel", catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
     """Score of each target item, (items,): the sum over levels of its code's log-probability among the legal codes."""
     hidden = model.base_model(inputs_embeds=_embed(model, batch.token_ids), use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
     codes = torch.from_numpy(catalog.codes[batch.ranks].astype(np.int64))  # (items, L)
     path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
     total = torch.zeros(len(codes))
@@ -261,9 +260,7 @@ def item_log_likelihood(model: "PreTrainedModel", catalog: Catalog, vocabulary: 
         prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
         distinct, place = np.unique(prefix, return_inverse=True)
         mask = LegalCodes.of(catalog.trie, distinct, hidden.device).mask[torch.from_numpy(place)]  # (items, K)
-        block = vocabulary.block(level)
-        bias = head.bias[block] if getattr(head, "bias", None) is not None else None
-        logits = functional.linear(hidden[batch.rows, batch.positions[:, level]], head.weight[block], bias)
+        logits = level_logits(model, vocabulary, hidden[batch.rows, batch.positions[:, level]], level)
         total = total + legal_log_softmax(logits, mask).gather(1, codes[:, level : level + 1])[:, 0]
     return total
 

@@ -112,8 +112,13 @@ class TreeDecoder:
 
     @torch.inference_mode()
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """The K logits of one level, (M, D) → (M, K): only that block of the output matrix is read."""
-        head = self.model.get_output_embeddings()
-        block = self.vocabulary.block(level)
-        bias = head.bias[block] if getattr(head, "bias", None) is not None else None
-        return functional.linear(hidden, head.weight[block], bias)
+        """The K logits of one level, (M, D) → (M, K)."""
+        return level_logits(self.model, self.vocabulary, hidden, level)
+
+
+def level_logits(model: "PreTrainedModel", vocabulary: SidVocabulary, hidden: Tensor, level: int) -> Tensor:
+    """The K logits of one level, (M, D) → (M, K), for training and decoding: only that block of the head is read."""
+    head = model.get_output_embeddings()
+    block = vocabulary.block(level)
+    bias = head.bias[block] if getattr(head, "bias", None) is not None else None
+    return functional.linear(hidden, head.weight[block], bias)
