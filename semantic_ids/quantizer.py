@@ -14,12 +14,25 @@ Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class DenseLayer:
+    """y = x Wᵀ + b."""
+
+    weight: npt.NDArray[np.float32]  # (out, in)
+    bias: npt.NDArray[np.float32]  # (out,)
+
+
+@dataclass(frozen=True)
 class ResidualQuantizer:
-    """Standardise, then at each level take the nearest code to what the levels before left over."""
+    """Standardise, encode, then at each level take the nearest code to what the levels before left over.
+
+    Without layers the latent is the standardised vector itself (residual k-means); with them it is an MLP's output
+    (RQ-VAE and what builds on it).
+    """
 
     mean: npt.NDArray[np.float32]  # (D,)
     scale: npt.NDArray[np.float32]  # (D,) standard deviations
-    codebooks: npt.NDArray[np.float32]  # (L, K, D)
+    codebooks: npt.NDArray[np.float32]  # (L, K, width of the latent)
+    layers: tuple[DenseLayer, ...] = ()  # ReLU between them, none behind the last
 
     @property
     def space(self) -> SidSpace:
@@ -35,11 +48,27 @@ class ResidualQuantizer:
             raise SidError(f"vector {row} holds a value that is not finite, so no code is nearest to it")
         return (vectors - self.mean) / self.scale
 
+    def latents(self, vectors: Vectors) -> Vectors:
+        """What the codebooks quantise, (N, D) → (N, width of the latent)."""
+        latents = self.standardise(vectors)
+        for number, layer in enumerate(self.layers):
+            latents = latents @ layer.weight.T + layer.bias
+            if number < len(self.layers) - 1:
+                latents = np.maximum(latents, 0.0)
+        return latents
+
+    def last_residuals(self, vectors: Vectors, codes: Codes) -> Vectors:
+        """What these codes (N, L) leave of each item for the last level to quantise."""
+        residuals = self.latents(vectors)
+        for level in range(self.space.num_levels - 1):
+            residuals = residuals - self.codebooks[level][codes[:, level]]
+        return residuals
+
     def encode(self, vectors: Vectors, batch: int = 8192) -> Codes:
         """Nearest codes, level by level, (N, D) → (N, L). Different items may get one SID."""
         codes = np.empty((len(vectors), self.space.num_levels), np.uint16)
         for start in range(0, len(vectors), batch):
-            residual = self.standardise(vectors[start : start + batch])
+            residual = self.latents(vectors[start : start + batch])
             for level, codebook in enumerate(self.codebooks):
                 nearest = squared_distances(residual, codebook).argmin(axis=1)
                 codes[start : start + batch, level] = nearest
@@ -54,7 +83,7 @@ class ResidualQuantizer:
         """
         codes = self.encode(vectors)
         given: set[tuple[int, ...]] = set()
-        for row, vector in enumerate(self.standardise(vectors)):
+        for row, vector in enumerate(self.latents(vectors)):
             codes[row] = self._nearest_free(vector, codes[row], taken, given)
             given.add(tuple(int(code) for code in codes[row]))
         return codes
@@ -82,15 +111,24 @@ class ResidualQuantizer:
         raise SidError(f"no SID is free under the prefix {list(nearest[: max(last - 1, 0)])}: train a larger codebook")
 
     def save(self, folder: Path) -> None:
-        """Write `mean`, `scale` and `codebooks`."""
+        """Write `mean`, `scale`, `codebooks`, and `weight.N` and `bias.N` of each layer."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("mean", "scale", "codebooks"):
             save_array(folder, name, getattr(self, name))
+        for number, layer in enumerate(self.layers):
+            save_array(folder, f"weight.{number}", layer.weight)
+            save_array(folder, f"bias.{number}", layer.bias)
 
     @classmethod
     def load(cls, folder: Path) -> "ResidualQuantizer":
         """Map a saved quantiser."""
-        return cls(*(map_array(folder, name) for name in ("mean", "scale", "codebooks")))
+        num_layers = len(list(folder.glob("weight.*.npy")))
+        layers = (
+            DenseLayer(map_array(folder, f"weight.{number}"), map_array(folder, f"bias.{number}"))
+            for number in range(num_layers)
+        )
+        mean, scale, codebooks = (map_array(folder, name) for name in ("mean", "scale", "codebooks"))
+        return cls(mean, scale, codebooks, tuple(layers))
 
 
 def squared_distances(vectors: Vectors, codebook: Vectors) -> npt.NDArray[np.float32]:

@@ -44,7 +44,7 @@ from training.metrics import (
 from training.sequences import Sequences
 from training.sft import TrainedModel, history_items
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar
-from training.tokenizer import TokenizedCatalog
+from training.tokenizer.stage import TokenizedCatalog
 
 LIST_LENGTH = 50  # the longest cut-off of the metrics
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from semantic_ids.bundle import BundleParts
-from training import collaborative, evaluation, interactions, item_vectors, publish, sft, tokenizer
+from training import collaborative, evaluation, interactions, item_vectors, publish, sft
 from training.collaborative import CollaborativeConfig
 from training.evaluation import EvaluationConfig
 from training.interactions import DataConfig, Dataset
@@ -26,7 +26,8 @@ from training.publish import PublishConfig
 from training.sequences import Sequences
 from training.sft import SftConfig
 from training.stage import StageConfig, StageError, StageFolder, Summary, write_atomically
-from training.tokenizer import TokenizedCatalog, TokenizerConfig
+from training.tokenizer import stage as tokenizer
+from training.tokenizer.stage import TokenizedCatalog, TokenizerConfig
 
 StageName = Literal["data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish"]
 STAGES: tuple[StageName, ...] = ("data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish")

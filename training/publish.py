@@ -15,7 +15,7 @@ from semantic_ids.prompt import HistoryItem
 from training.collaborative import ItemKnn
 from training.interactions import EVENT_TYPES, Dataset
 from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
-from training.tokenizer import TokenizedCatalog
+from training.tokenizer.stage import TokenizedCatalog
 
 HISTORIES = "histories.jsonl"
 

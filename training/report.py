@@ -11,7 +11,7 @@ from training.interactions import DataSummary
 from training.publish import PublishSummary
 from training.sft import SftSummary
 from training.stage import StageConfig, Summary
-from training.tokenizer import TokenizerSummary
+from training.tokenizer.stage import TokenizerSummary
 
 if TYPE_CHECKING:
     from training.pipeline import StageName

@@ -26,7 +26,7 @@ from training.metrics import metrics_of_ranks, rank_of_a_miss
 from training.sequences import Sequences
 from training.sft import MODEL, SPEC, Examples, SftConfig, TrainedModel, build_model, item_log_likelihood
 from training.stage import StageError, StageFolder
-from training.tokenizer import TokenizedCatalog
+from training.tokenizer.stage import TokenizedCatalog
 
 MAX_HISTORY = 6
 

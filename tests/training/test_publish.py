@@ -26,7 +26,7 @@ from training.item_vectors import load_vectors
 from training.publish import PublishConfig, histories_as_json_lines, neighbours_by_rank, run, try_out
 from training.sft import TrainedModel
 from training.stage import StageError, StageFolder
-from training.tokenizer import TokenizedCatalog
+from training.tokenizer.stage import TokenizedCatalog
 
 
 def tokenized_of(finished: Run) -> TokenizedCatalog:

@@ -14,7 +14,7 @@ from semantic_ids.quantizer import ResidualQuantizer
 from training.interactions import Dataset
 from training.sequences import Sequences
 from training.stage import StageError, StageFolder
-from training.tokenizer import (
+from training.tokenizer.stage import (
     TokenizedCatalog,
     TokenizerConfig,
     TokenizerSummary,
