@@ -214,7 +214,7 @@ class ItemKnn:
         is divided by count(i)^SOURCE_POWER · count(j)^NEIGHBOUR_POWER, so that items with long histories of their own
         do not outvote the rest.
         """
-        forward = _forward_cooccurrence(train, num_items, config.knn_window)
+        forward = forward_cooccurrence(train, num_items, config.knn_window, distance_power=0.5)
         both = sparse.csr_array(forward + config.knn_backward_weight * forward.T)
         counts = np.maximum(np.bincount(train.items, minlength=num_items), 1)
         sources = np.repeat(np.arange(num_items), np.diff(both.indptr))
@@ -556,21 +556,21 @@ def _batches(sequences: Sequences, batch_size: int) -> Iterator[Sequences]:
         yield sequences.select(np.arange(start, min(start + batch_size, len(sequences))))
 
 
-def _forward_cooccurrence(train: Sequences, num_items: int, window: int) -> sparse.csr_array:
-    """Cell (i, j): the sum of 1/√s over all places where j comes s ≤ window events after i in one sequence.
+def forward_cooccurrence(train: Sequences, num_items: int, window: int, *, distance_power: float) -> sparse.csr_array:
+    """Cell (i, j): the sum of s^-distance_power over all places where j comes s ≤ window events after i in a sequence.
 
     One pass per distance, so memory grows with the distinct pairs and not with the square of a sequence's length;
     cells are summed in the order of the distances, whatever the items' indices.
     """
     owner = np.repeat(np.arange(len(train)), train.lengths)
     total = sparse.csr_array((num_items, num_items), dtype=np.float64)
-    for distance in range(1, min(window, int(train.lengths.max()) - 1) + 1):
+    for distance in range(1, min(window, int(train.lengths.max(initial=0)) - 1) + 1):
         is_pair = owner[distance:] == owner[:-distance]
         pairs = (train.items[:-distance][is_pair], train.items[distance:][is_pair])
         ones = np.ones(len(pairs[0]))
         # The counts are whole numbers, exact in any order of addition; only then are they weighted.
         counts = sparse.csr_array(sparse.coo_array((ones, pairs), shape=(num_items, num_items)))
-        total = sparse.csr_array(total + counts * distance**-0.5)
+        total = sparse.csr_array(total + counts * distance**-distance_power)
     return total
 
 

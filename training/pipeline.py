@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 
@@ -100,12 +101,12 @@ class Pipeline:
             raise StageError(f"the run folder {self._out} cannot be made ({error.strerror}): give another") from error
         resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self._out / RESOLVED_CONFIG, resolved.encode())
-        needed = _with_upstream(until)
+        needed = self._with_upstream(until)
         return {name: self._run_stage(name) for name in STAGES if name in needed}
 
     def _run_stage(self, name: StageName) -> Summary:
         stage = _STAGES[name]
-        upstream: dict[str, str] = {before: self._fingerprints[before] for before in stage.upstream}
+        upstream: dict[str, str] = {before: self._fingerprints[before] for before in self._upstream(name)}
         folder = StageFolder(
             self._out / name,
             getattr(self.config, name),
@@ -117,6 +118,14 @@ class Pipeline:
             if stage.still_holds(self, summary):
                 return summary
         return stage.make(self, folder)
+
+    def _upstream(self, name: StageName) -> tuple[StageName, ...]:
+        if name == "tokenizer" and self.config.tokenizer.objectives().needs_collaborative:
+            return (*_STAGES[name].upstream, "collaborative")
+        return _STAGES[name].upstream
+
+    def _with_upstream(self, name: StageName) -> set[StageName]:
+        return {name}.union(*(self._with_upstream(before) for before in self._upstream(name)))
 
     # What later stages read of earlier ones; each is loaded once, when first needed.
 
@@ -158,7 +167,13 @@ class Pipeline:
     def make_tokenizer(self, folder: StageFolder) -> Summary:
         """SIDs, quantiser and catalogue."""
         vectors, _ = item_vectors.load_vectors(self._out / "vectors")
-        return tokenizer.run(self.config.tokenizer, self._dataset, self._train, vectors, folder)
+        inputs = tokenizer.Inputs(
+            dataset=self._dataset,
+            train=self._train,
+            vectors=vectors,
+            collaborative=lambda: np.load(self._out / "collaborative" / collaborative.ITEM_VECTORS_FILE),
+        )
+        return tokenizer.run(self.config.tokenizer, inputs, folder)
 
     def make_sft(self, folder: StageFolder) -> Summary:
         """The language model."""
@@ -217,10 +232,6 @@ _STAGES: dict[StageName, _Stage] = {
     "evaluate": _Stage(("sft", "collaborative"), evaluation.EvaluationSummary, Pipeline.make_evaluate),
     "publish": _Stage(("evaluate",), publish.PublishSummary, Pipeline.make_publish, Pipeline.is_published),
 }
-
-
-def _with_upstream(name: StageName) -> set[StageName]:
-    return {name}.union(*(_with_upstream(before) for before in _STAGES[name].upstream))
 
 
 def _describe(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails

@@ -1,44 +1,107 @@
-"""Stage `tokenizer`: item vectors → SIDs. Fits a quantiser, resolves collisions, and writes the catalogue.
+"""Stage `tokenizer`: item vectors → SIDs, top to bottom.
 
-Each method is a function (config, vectors) → `ResidualQuantizer`; what follows (assignment, repair, catalogue, report)
-is the same for all. SIDs never follow item-id order: items come in the data stage's shuffled order, and all choices
-below depend on vectors and that order alone.
+`run` fits a quantiser (or takes SIDs from elsewhere), assigns the nearest codes, makes them unique, and writes the
+quantiser, the catalogue and a report. SIDs never follow item-id order: items come in the data stage's shuffled order,
+and all choices below depend on vectors and that order alone.
 """
 
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
-from scipy.optimize import linear_sum_assignment
+import torch
+from pydantic import Field, PositiveInt
 
 from semantic_ids.catalog import Catalog, CatalogError
 from semantic_ids.codes import Codes, SidSpace
-from semantic_ids.quantizer import ResidualQuantizer, Vectors, squared_distances
+from semantic_ids.quantizer import ResidualQuantizer, Vectors
 from semantic_ids.trie import sid_keys
 from training.interactions import Dataset
 from training.sequences import Sequences
-from training.stage import THREADS, Bar, StageConfig, StageError, StageFolder, Summary, progress_bar
+from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar
+from training.tokenizer.assignment import Repair, last_distances, make_unique
+from training.tokenizer.cooccurrence import Partners, item_graph, propagate
+from training.tokenizer.kmeans import codebooks_of_codes, residual_codebooks
+from training.tokenizer.methods import CodebookUpdate, Initialisation, Method, Objectives, objectives_of
+from training.tokenizer.objectives import Similarity
+from training.tokenizer.rqvae import ItemSignals, fit
+from training.tokenizer.standardised import Standardised
 
-Method = Literal["residual-kmeans"]
+MIXED_VECTORS = "mixed_vectors.npy"
+GIVEN: tuple[Method, ...] = ("random", "imported")
+"""Methods whose SIDs follow from no vector: nothing is fitted, and nothing repaired."""
+
+COLLAPSED_SHARE = 0.05
+
+BY_METHOD = "; absent: as the method has it"
 
 
 class TokenizerConfig(StageConfig):
-    """How SIDs are made."""
+    """How SIDs are made: a method, and what to change in it."""
 
-    method: Method = "residual-kmeans"
+    method: Method = Field("residual-kmeans", description="a row of the switches below")
     num_levels: int = Field(3, ge=1, le=8, description="codes in a SID (L)")
     codebook_size: int | None = Field(
         None, ge=2, le=65_536, description="codes per level (K); by catalogue size if absent"
     )
+    sids: str | None = Field(None, description="JSON or Parquet file of SIDs, for the method imported")
+
+    codebook_update: CodebookUpdate | None = Field(None, description="by gradient, or moving averages" + BY_METHOD)
+    initialisation: Initialisation | None = Field(None, description="of the codebooks on residuals" + BY_METHOD)
+    sinkhorn_last_level: bool | None = Field(None, description="balanced last codes while training" + BY_METHOD)
+    collaborative_weight: float | None = Field(None, ge=0, description="of alignment to SASRec's vectors" + BY_METHOD)
+    collaborative_similarity: Similarity | None = Field(None, description="dot as published, or cosine" + BY_METHOD)
+    collaborative_permuted: bool | None = Field(None, description="control: another item's SASRec vector" + BY_METHOD)
+    diversity_weight: float | None = Field(None, ge=0, description="of the codes' diversity loss" + BY_METHOD)
+    cointeraction_weight: float | None = Field(None, ge=0, description="of InfoNCE on co-interacted items" + BY_METHOD)
+    graph: bool | None = Field(None, description="mix vectors along co-occurrence" + BY_METHOD)
+    uniformity_weight: float | None = Field(None, ge=0, description="of the repulsion between codes" + BY_METHOD)
+    load_balance: float | None = Field(None, ge=0, lt=1, description="rare codes nearer, by so much" + BY_METHOD)
+    repair: Repair | None = Field(None, description="how shared SIDs are told apart" + BY_METHOD)
+
+    hidden_widths: tuple[PositiveInt, ...] = Field((512, 256, 128, 64), description="of the encoder; mirrored back")
+    latent_width: PositiveInt = 32
+    commitment_weight: float = Field(0.25, ge=0)
+    batch_size: PositiveInt = 1024
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_epochs: PositiveInt = 1000
+    convergence_window: PositiveInt = Field(
+        20, description="epochs of flat validation loss (of held-out items' text) that end training"
+    )
+    convergence_threshold: float = Field(1e-3, ge=0, description="share of the loss below which a fall counts as flat")
+    validation_share: float = Field(0.05, gt=0, lt=0.5, description="of the items, held out: the least known ones")
+    max_validation_items: int = Field(2048, ge=2)
+    checkpoint_epochs: PositiveInt = Field(20, description="epochs between checkpoints")
+    init_sample: PositiveInt = Field(65_536, description="most items that k-means reads")
     kmeans_restarts: int = Field(3, ge=1)
+    ema_decay: float = Field(0.99, gt=0, lt=1)
+    sinkhorn_epsilon: float = Field(0.003, gt=0)
+    sinkhorn_iterations: PositiveInt = 50
+    collaborative_temperature: float = Field(0.1, gt=0, description="of the cosine")
+    diversity_clusters: PositiveInt = Field(10, description="clusters of a level's codes")
+    cluster_refresh: PositiveInt = Field(10, description="epochs between clusterings of the codes")
+    cointeraction_temperature: float = Field(0.1, gt=0)
+    graph_window: PositiveInt = Field(5, description="events between two items that still count as together")
+    graph_alpha: float = Field(0.5, gt=0, le=1, description="share of an item's own vector at each hop")
+    graph_hops: PositiveInt = 2
+    graph_dropout: float = Field(0.3, ge=0, lt=1, description="share of items read by text alone while training")
+    load_balance_bound: float = Field(0.2, ge=0, lt=1)
     threads: int = Field(1, ge=1, description=THREADS)
     seed: int = Field(0, ge=0)
+
+    def objectives(self) -> Objectives:
+        """The method's row, with what is set here over it."""
+        return objectives_of(self.method, self.model_dump())
+
+    def identity(self) -> dict[str, Any]:
+        """Also what the method stands for."""
+        return {**super().identity(), "objectives": repr(self.objectives())}
 
 
 class TokenizerSummary(Summary):
@@ -49,48 +112,78 @@ class TokenizerSummary(Summary):
     num_levels: int
     codebook_size: int
     uniqueness: float  # share of items whose SID no other item has
+    identical_listings: int  # items whose vector another item has too: nothing but chance tells them apart
     collision_before_repair: float  # share of items that shared a SID before repair
     num_moved: int  # items whose last code is not their nearest
+    mean_move: float  # how much farther their code is, in units of the mean distance to the nearest one
     codes_used: list[int]
     perplexity: list[float]
     bits: list[float]  # entropy of the code given its prefix, weighted by training interactions
+    epochs: int  # 0 where nothing is trained
     seconds: float
 
 
-def run(
-    config: TokenizerConfig, dataset: Dataset, train: Sequences, vectors: Vectors, folder: StageFolder
-) -> TokenizerSummary:
-    """Fit, assign, repair; write `quantizer/` and `catalog/`."""
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads of earlier ones."""
+
+    dataset: Dataset
+    train: Sequences
+    vectors: Vectors  # (N, D) text vectors, memory-mapped
+    collaborative: Callable[[], Vectors]  # (N, any width) SASRec's item vectors, asked for only where a method aligns
+
+
+def run(config: TokenizerConfig, inputs: Inputs, folder: StageFolder) -> TokenizerSummary:
+    """Fit, assign, repair; write `quantizer/`, `catalog/` and `report.html`."""
     start = time.monotonic()
-    space = SidSpace(config.num_levels, config.codebook_size or default_codebook_size(len(vectors)))
-    with progress_bar(f"tokenizer: {config.method}", space.num_levels + 1) as bar:
-        quantizer = _METHODS[config.method](config, space, np.asarray(vectors, np.float32), bar)
-        nearest = quantizer.encode(np.asarray(vectors, np.float32))
-        codes = resolve_collisions(quantizer, np.asarray(vectors, np.float32), nearest)
-        bar.advance()
-    _refuse_collapse(space, codes)
-    popularity = np.bincount(train.items, minlength=dataset.num_items)
+    torch.set_num_threads(config.threads)
+    popularity = np.bincount(inputs.train.items, minlength=inputs.dataset.num_items)
+    fitted = _fit(config, inputs, popularity, folder.path)
+    quantizer, nearest = fitted.quantizer, fitted.codes
+    space = quantizer.space
+    _, one_of_each, copies = np.unique(_listings(inputs.vectors), return_index=True, return_counts=True)
+    if config.method not in GIVEN:
+        _refuse_collapse(space, nearest, one_of_each)
+    repair = "none" if config.method in GIVEN else config.objectives().repair
+    codes = make_unique(repair, fitted.assigner, fitted.assigned, nearest, config.seed)
     try:
-        catalog = Catalog.build(space, dataset.item_ids, codes, popularity, dataset.titles, dataset.categories)
+        catalog = Catalog.build(
+            space, inputs.dataset.item_ids, codes, popularity, inputs.dataset.titles, inputs.dataset.categories
+        )
     except CatalogError as error:
         raise StageError(f"{error}: correct the items file") from error
     quantizer.save(folder.path / "quantizer")
     catalog.save(folder.path / "catalog")
+    moved = np.flatnonzero((codes != nearest).any(axis=1))
     summary = TokenizerSummary(
         method=config.method,
         num_items=len(codes),
         num_levels=space.num_levels,
         codebook_size=space.codebook_size,
         uniqueness=_unique_share(space, codes),
+        identical_listings=int(copies[copies > 1].sum()),
         collision_before_repair=1.0 - _unique_share(space, nearest),
-        num_moved=int((codes != nearest).any(axis=1).sum()),
+        num_moved=len(moved),
+        mean_move=_mean_move(fitted, nearest, codes, moved),
         codes_used=[len(np.unique(codes[:, level])) for level in range(space.num_levels)],
         perplexity=[_perplexity(codes[:, level]) for level in range(space.num_levels)],
         bits=_conditional_bits(space, codes, popularity),
+        epochs=len(fitted.curve),
         seconds=time.monotonic() - start,
     )
     folder.finish(summary)
     return summary
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A quantiser, and the codes that the catalogue's items have by it before repair."""
+
+    quantizer: ResidualQuantizer  # of text vectors: what the bundle carries
+    codes: Codes  # (N, L)
+    assigner: ResidualQuantizer  # what gave the codes: the same, unless the catalogue's vectors are mixed ones
+    assigned: Vectors  # (N, D) what it read
+    curve: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -114,75 +207,123 @@ class TokenizedCatalog:
         return Sequences(sequences.offsets, self.rank_of_item[sequences.items])
 
 
+def _fit(config: TokenizerConfig, inputs: Inputs, popularity: npt.NDArray[np.int64], folder: Path) -> Fitted:
+    text = Standardised.of(inputs.vectors)
+    if config.method in GIVEN:
+        space, codes = _given_sids(config, inputs.dataset)
+        quantizer = ResidualQuantizer(text.mean, text.scale, codebooks_of_codes(text, codes, space))
+        return Fitted(quantizer, codes, quantizer, inputs.vectors, [])
+    space = SidSpace(config.num_levels, config.codebook_size or default_codebook_size(len(text)))
+    if config.method == "residual-kmeans":
+        with progress_bar(f"tokenizer: {config.method}", 1) as bar:
+            sample = text.rows(_sample(len(text), config))
+            codebooks = residual_codebooks(
+                sample, space, "kmeans++", config.kmeans_restarts, config.threads, config.seed
+            )
+            bar.advance()
+        quantizer = ResidualQuantizer(text.mean, text.scale, codebooks)
+        return Fitted(quantizer, quantizer.encode(inputs.vectors), quantizer, inputs.vectors, [])
+    return _fit_learned(config, space, text, inputs, popularity, folder)
+
+
+def _fit_learned(
+    config: TokenizerConfig,
+    space: SidSpace,
+    text: "Standardised",
+    inputs: Inputs,
+    popularity: npt.NDArray[np.int64],
+    folder: Path,
+) -> Fitted:
+    objectives = config.objectives()
+    graph = item_graph(inputs.train, len(text), config.graph_window) if objectives.needs_graph else None
+    mixed = None
+    if objectives.graph and graph is not None:
+        mixed = propagate(text, graph, alpha=config.graph_alpha, hops=config.graph_hops, path=folder / MIXED_VECTORS)
+    signals = ItemSignals(
+        text=text,
+        mixed=mixed,
+        collaborative=_alignment_targets(config, inputs, popularity > 0) if objectives.needs_collaborative else None,
+        popularity=popularity,
+        partners=Partners(graph) if graph is not None and objectives.cointeraction_weight else None,
+    )
+    trained = fit(config, objectives, space, signals, folder)
+    quantizer = ResidualQuantizer(text.mean, text.scale, trained.codebooks, trained.layers)
+    if mixed is None:
+        return Fitted(quantizer, quantizer.encode(inputs.vectors), quantizer, inputs.vectors, trained.curve)
+    assigner = replace(quantizer, mean=np.zeros_like(text.mean), scale=np.ones_like(text.scale))  # mixed as they are
+    return Fitted(quantizer, assigner.encode(mixed), assigner, mixed, trained.curve)
+
+
+def _alignment_targets(config: TokenizerConfig, inputs: Inputs, is_known: npt.NDArray[np.bool_]) -> Vectors:
+    """SASRec's item vectors in the latent's width: the directions that keep most of their dot products, or zeros added.
+
+    The control permutes them among the items that have any.
+    """
+    vectors = np.asarray(inputs.collaborative(), np.float32)
+    width = min(vectors.shape[1], config.latent_width)
+    _, directions = np.linalg.eigh(vectors[is_known].T @ vectors[is_known])  # ascending
+    targets = np.zeros((len(vectors), config.latent_width), np.float32)
+    targets[:, :width] = vectors @ directions[:, -width:]
+    if config.objectives().collaborative_permuted:
+        known = np.flatnonzero(is_known)
+        targets[known] = targets[np.random.default_rng((config.seed, 4)).permutation(known)]
+    return targets
+
+
+def _given_sids(config: TokenizerConfig, dataset: Dataset) -> tuple[SidSpace, Codes]:
+    if config.method == "imported":
+        if config.sids is None:
+            raise StageError("the method imported needs a file of SIDs: set tokenizer.sids=FILE (JSON or Parquet)")
+        from training.tokenizer.sid_files import read_sids
+
+        given = read_sids(Path(config.sids), dataset.item_ids, config.codebook_size)
+        return given.space, given.codes
+    space = SidSpace(config.num_levels, config.codebook_size or default_codebook_size(dataset.num_items))
+    if space.codebook_size**space.num_levels < dataset.num_items:
+        raise StageError(f"{dataset.num_items} items do not fit {space}: raise tokenizer.codebook_size or num_levels")
+    keys = np.random.default_rng(config.seed).choice(
+        space.codebook_size**space.num_levels, dataset.num_items, replace=False
+    )
+    powers = space.codebook_size ** np.arange(space.num_levels)[::-1]
+    return space, (keys[:, None] // powers % space.codebook_size).astype(np.uint16)
+
+
+def _sample(num_items: int, config: TokenizerConfig) -> npt.NDArray[np.int64]:
+    if num_items <= config.init_sample:
+        return np.arange(num_items)
+    return np.sort(np.random.default_rng(config.seed).choice(num_items, config.init_sample, replace=False))
+
+
 def default_codebook_size(num_items: int) -> int:
     """The power of two next to 1.5 √N, within 8 and 256: two levels then tell most items apart, a third the rest."""
     return int(min(256, max(8, 2 ** round(np.log2(1.5 * np.sqrt(num_items))))))
 
 
-def fit_residual_kmeans(config: TokenizerConfig, space: SidSpace, vectors: Vectors, bar: Bar) -> ResidualQuantizer:
-    """k-means on the standardised vectors, then on what each level leaves over."""
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
+def _refuse_collapse(space: SidSpace, codes: Codes, one_of_each: npt.NDArray[np.int64]) -> None:
+    """`StageError` if a level fails to tell items apart that the levels before it left together.
 
-    mean, scale = vectors.mean(axis=0), np.maximum(vectors.std(axis=0), 1e-6)
-    residual = (vectors - mean) / scale
-    codebooks = np.empty((space.num_levels, space.codebook_size, vectors.shape[1]), np.float32)
-    for level in range(space.num_levels):
-        distinct = len(np.unique(residual.round(5), axis=0))
-        num_clusters = min(space.codebook_size, distinct)
-        kmeans = KMeans(num_clusters, n_init=config.kmeans_restarts, random_state=config.seed + level)
-        with threadpool_limits(config.threads):
-            nearest = kmeans.fit_predict(residual)
-        codebooks[level, :num_clusters] = kmeans.cluster_centers_
-        if num_clusters < space.codebook_size:  # fewer distinct residuals than codes: the rest repeat a code, unused
-            codebooks[level, num_clusters:] = kmeans.cluster_centers_[0]
-        residual = residual - codebooks[level][nearest]
-        bar.advance()
-    return ResidualQuantizer(mean.astype(np.float32), scale.astype(np.float32), codebooks)
-
-
-_METHODS: dict[Method, Callable[[TokenizerConfig, SidSpace, Vectors, Bar], ResidualQuantizer]] = {
-    "residual-kmeans": fit_residual_kmeans,
-}
-
-
-def resolve_collisions(quantizer: ResidualQuantizer, vectors: Vectors, codes: Codes) -> Codes:
-    """Give the items under each crowded prefix distinct last codes at the least total distance (Hungarian, exact).
-
-    Only items under a prefix with a collision can move, and only in their last code. A prefix that holds more than K
-    items keeps some shared SIDs: they stay reachable, and the summary counts them.
+    `codes` (N, L) are the nearest ones. The first level is judged on all items, a later one on those whose prefix is
+    not theirs alone, identical listings counted once (`one_of_each`). The measure is the perplexity of their codes, which
+    is how many are in even use: below 2, or below COLLAPSED_SHARE of those they could use, is a collapse. The lowest
+    of LETTER's released SIDs is .28.
     """
-    space = quantizer.space
-    repaired = codes.copy()
-    residual = quantizer.standardise(vectors)
-    for level in range(space.num_levels - 1):
-        residual = residual - quantizer.codebooks[level][codes[:, level]]
-    keys = sid_keys(space, codes)
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    prefixes = codes[:, :-1] if space.num_levels > 1 else np.zeros((len(codes), 1), np.uint16)
-    _, group = np.unique(prefixes, axis=0, return_inverse=True)
-    group = group.reshape(-1)
-    members_of = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-    for prefix in np.unique(group[counts[inverse] > 1]):
-        members = members_of[prefix]
-        distances = squared_distances(residual[members], quantizer.codebooks[-1])
-        # More items than codes: every code is taken once before any is taken twice, and so on. All rounds but the last
-        # are so much cheaper that they fill up whatever the distances.
-        rounds = -(-len(members) // space.codebook_size)
-        costs = np.tile(distances.astype(np.float64), (1, rounds))
-        costs[:, : -space.codebook_size] -= len(members) * (np.abs(distances).max() + 1.0)
-        rows, columns = linear_sum_assignment(costs)
-        repaired[members[rows], -1] = columns % space.codebook_size
-    return repaired
-
-
-def _refuse_collapse(space: SidSpace, codes: Codes) -> None:
-    used = len(np.unique(codes[:, 0]))
-    if len(codes) >= 8 and used < 2:
-        raise StageError(
-            f"the codebook of level 0 collapsed: {used} of {space.codebook_size} codes used for {len(codes)} items. "
-            "The items' texts are nearly all the same: give titles, categories or descriptions that tell them apart"
-        )
+    together = np.arange(len(codes))
+    for level in range(space.num_levels):
+        usable = min(space.codebook_size, len(together))
+        at_level = codes[together, level]
+        perplexity, used = _perplexity(at_level), len(np.unique(at_level))
+        least = max(2.0, COLLAPSED_SHARE * usable) if usable >= 8 else 0.0
+        if len(together) >= 8 and (used < 2 or perplexity < least):
+            raise StageError(
+                f"the codebook of level {level} collapsed: {used} of {space.codebook_size} codes used for "
+                f"{len(together)} items that it should tell apart, as many as {perplexity:.1f} in even use. "
+                "If the items' texts are nearly all the same, give titles, categories or descriptions that tell them "
+                "apart; else try another method or seed, a smaller tokenizer.codebook_size, or a lower "
+                "tokenizer.learning_rate"
+            )
+        prefixes = codes[one_of_each, : level + 1]
+        _, group, sizes = np.unique(prefixes, axis=0, return_inverse=True, return_counts=True)
+        together = one_of_each[sizes[group.reshape(-1)] > 1]
 
 
 def _unique_share(space: SidSpace, codes: Codes) -> float:
@@ -206,3 +347,20 @@ def _conditional_bits(space: SidSpace, codes: Codes, weights: npt.NDArray[np.int
         share = share[share > 0]
         entropies.append(float(-(share * np.log2(share)).sum()))
     return [max(0.0, after - before) for before, after in itertools.pairwise(entropies)]
+
+
+def _listings(vectors: Vectors) -> npt.NDArray[np.int64]:
+    """Which listing each item is, (N,): items have the same number exactly if their vectors agree to the bit."""
+    digests = (hash(np.ascontiguousarray(vectors[row]).tobytes()) for row in range(len(vectors)))
+    _, listing = np.unique(np.fromiter(digests, np.int64, len(vectors)), return_inverse=True)
+    return listing
+
+
+def _mean_move(fitted: Fitted, nearest: Codes, codes: Codes, moved: npt.NDArray[np.int64]) -> float:
+    """Mean over the moved items of their added distance, in units of the mean distance to the nearest code."""
+    if not len(moved):
+        return 0.0
+    distances = np.sqrt(last_distances(fitted.assigner, fitted.assigned, nearest, moved))
+    to_nearest = distances[np.arange(len(moved)), nearest[moved, -1]]
+    to_given = distances[np.arange(len(moved)), codes[moved, -1]]
+    return float((to_given - to_nearest).mean() / max(float(to_nearest.mean()), 1e-12))

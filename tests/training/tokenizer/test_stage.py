@@ -14,12 +14,13 @@ from semantic_ids.quantizer import ResidualQuantizer
 from training.interactions import Dataset
 from training.sequences import Sequences
 from training.stage import StageError, StageFolder
+from training.tokenizer.assignment import make_unique
 from training.tokenizer.stage import (
+    Inputs,
     TokenizedCatalog,
     TokenizerConfig,
     TokenizerSummary,
     default_codebook_size,
-    resolve_collisions,
     run,
 )
 
@@ -55,7 +56,9 @@ def tokenize(
     config = TokenizerConfig.model_validate({"threads": 1, **settings})
     dataset = dataset or dataset_of(len(vectors))
     folder = StageFolder(path, config, {})
-    summary = run(config, dataset, Sequences.of([[0, 1]]) if train is None else train, vectors, folder)
+    train = Sequences.of([[0, 1]]) if train is None else train
+    collaborative = np.random.default_rng(7).normal(size=(len(vectors), 8)).astype(np.float32)
+    summary = run(config, Inputs(dataset, train, vectors, lambda: collaborative), folder)
     assert TokenizerSummary.model_validate(folder.finished()) == summary
     return summary, TokenizedCatalog.load(path, dataset)
 
@@ -109,7 +112,7 @@ def test_repair_is_the_cheapest_of_all_distinct_assignments(codebook_and_items):
     codebook, values = codebook_and_items
     quantizer, vectors = flat_quantizer([float(code) for code in codebook], prefix_codes=1), column(*values)
     nearest = quantizer.encode(vectors)
-    repaired = resolve_collisions(quantizer, vectors, nearest)
+    repaired = make_unique("hungarian", quantizer, vectors, nearest, seed=0)
 
     def cost(codes: tuple[int, ...]) -> int:
         return sum((value - codebook[code]) ** 2 for value, code in zip(values, codes, strict=True))
@@ -129,14 +132,14 @@ def test_repair_on_a_hand_made_prefix():
     vectors = column(0.0, 0.4, 1.0, 10.0)
     nearest = quantizer.encode(vectors)
     assert nearest[:, 1].tolist() == [0, 0, 1, 2]
-    assert resolve_collisions(quantizer, vectors, nearest)[:, 1].tolist() == [0, 1, 2, 3]
+    assert make_unique("hungarian", quantizer, vectors, nearest, seed=0)[:, 1].tolist() == [0, 1, 2, 3]
 
 
 def test_a_prefix_without_a_collision_keeps_its_nearest_codes():
     quantizer = flat_quantizer([0.0, 1.0, 10.0])
     vectors = column(0.1, 0.9, 9.0)
     nearest = quantizer.encode(vectors)
-    assert resolve_collisions(quantizer, vectors, nearest).tolist() == [[0], [1], [2]]
+    assert make_unique("hungarian", quantizer, vectors, nearest, seed=0).tolist() == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("num_items", [5, 7, 8, 9, 21])
@@ -144,7 +147,7 @@ def test_a_prefix_with_more_items_than_codes_is_shared_evenly(num_items):
     """All items are nearest to code 0: each of 4 codes still gets ⌊n/4⌋ or ⌈n/4⌉ of them."""
     quantizer = flat_quantizer([0.0, 50.0, 100.0, 1000.0])
     vectors = column(*np.linspace(0, 1, num_items))
-    codes = resolve_collisions(quantizer, vectors, quantizer.encode(vectors))
+    codes = make_unique("hungarian", quantizer, vectors, quantizer.encode(vectors), seed=0)
     shares = np.bincount(codes[:, 0], minlength=4)
     assert shares.sum() == num_items
     assert shares.max() - shares.min() <= 1

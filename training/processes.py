@@ -1,0 +1,91 @@
+"""One training run on several processes, as `accelerate launch` starts them; alone it is all no-ops.
+
+The launcher, the process group and the gradients' averaging are accelerate's. This module adds the few collective
+operations that stages need, so that no stage asks how many processes there are.
+"""
+
+import os
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LONGEST_WAIT = timedelta(days=7)
+"""The others wait while the first process embeds texts or writes a catalogue."""
+
+
+class Processes:
+    """This process among those of its launch."""
+
+    def __init__(self, accelerator: "Accelerator | None") -> None:
+        self._accelerator = accelerator
+        self.count = accelerator.num_processes if accelerator else 1
+        self.index = accelerator.process_index if accelerator else 0
+
+    @classmethod
+    def alone(cls) -> "Processes":
+        """A run of one process, whatever the launch: for what every process computes for itself."""
+        return cls(None)
+
+    @classmethod
+    def launched(cls) -> "Processes":
+        """The processes of this launch; one, without `accelerate launch`."""
+        return _launched() if "ACCELERATE_MIXED_PRECISION" in os.environ else cls.alone()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes."""
+        return self.index == 0
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._accelerator.device if self._accelerator else torch.device("cpu")
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` things, which the number of processes divides."""
+        size = count // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Model and optimiser whose gradients are the mean over all processes."""
+        if self._accelerator is None:
+            return model, optimizer
+        return cast("tuple[nn.Module, torch.optim.Optimizer]", self._accelerator.prepare(model, optimizer))
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss."""
+        torch.autograd.backward(loss)
+
+    def gather(self, share: Tensor) -> Tensor:
+        """Every process's share, equally long, one after the other; no gradient."""
+        return share if self._accelerator is None else self._accelerator.gather(share)
+
+    def gather_with_gradient(self, share: Tensor) -> Tensor:
+        """The same, with the gradient back to whoever gave the share."""
+        if self._accelerator is None:
+            return share
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(share))  # type: ignore[no-untyped-call]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the processes."""
+        return values if self._accelerator is None else self._accelerator.reduce(values, "sum")
+
+    def wait_for_all(self) -> None:
+        """Return when every process is here."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
+
+def _launched() -> Processes:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Processes(Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]))
