@@ -12,7 +12,7 @@ CONFIG ?= demo
 
 export VENV
 
-.PHONY: help setup demo test lint bench-trie bench-engine bench-http constraints clean
+.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-tokenizers constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ bench-trie: ## build time and size of the SID trie, at 1M and 20M items
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.trie
 
+bench-encode: ## SIDs for a million item vectors, and for 10,000 new ones (about 2 minutes, 1.6 GB in /tmp)
+	@scripts/bootstrap.sh dev
+	@$(BIN)/python -m tests.benchmarks.encode
+
 bench-engine: ## the local engine against one that repeats the prompt's KV for every beam
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.engine
@@ -51,6 +55,10 @@ bench-engine: ## the local engine against one that repeats the prompt's KV for e
 bench-http: ## HTTP latency, saturation and memory with an engine that answers at once (about 5 minutes)
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.http
+
+bench-tokenizers: ## one small generator on the SIDs of every tokenizer (hours; DATA=dir RUN=dir, ARGS=… as in its --help)
+	@scripts/bootstrap.sh dev
+	@$(BIN)/python -m tests.benchmarks.tokenizers --data $(DATA) --out $(RUN) $(ARGS)
 
 constraints: ## resolve every package anew and pin it
 	@scripts/bootstrap.sh dev

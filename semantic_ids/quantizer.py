@@ -1,6 +1,8 @@
 """Item vector → SID, in numpy, from what the bundle carries: how an item added next week gets its SID."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,16 @@ from semantic_ids.columns import map_array, save_array
 from semantic_ids.trie import SidTrie, UnknownPrefixError
 
 Vectors = npt.NDArray[np.float32]
+
+_Prefix = tuple[int, ...]
+
+_BLOCK = 256
+"""Rows per matrix product. All have this many, the last one padded: BLAS rounds by the shape, and so a row comes out
+alike whatever stands beside it (to the bit with OpenBLAS's AVX-512 kernels, to the last bits with its AVX2 ones)."""
+
+_TIE = 2.0**-20  # of ‖r‖·max‖e‖: 8 units in the last place; nearer than that, rounding decides which code is nearer
+
+_LARGEST_NORM = 1e18  # of a latent or a code: float32 ends at 3e38, so the squares and products of these are finite
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,8 @@ class ResidualQuantizer:
     """Standardise, encode, then at each level take the nearest code to what the levels before left over.
 
     Without layers the latent is the standardised vector itself (residual k-means); with them it is an MLP's output
-    (RQ-VAE and what builds on it).
+    (RQ-VAE and what builds on it). Of codes that are equally near, up to rounding, the lowest is taken. Arrays that do
+    not fit each other, are not float32 or not finite raise `SidError`.
     """
 
     mean: npt.NDArray[np.float32]  # (D,)
@@ -34,81 +47,79 @@ class ResidualQuantizer:
     codebooks: npt.NDArray[np.float32]  # (L, K, width of the latent)
     layers: tuple[DenseLayer, ...] = ()  # ReLU between them, none behind the last
 
+    def __post_init__(self) -> None:
+        width = _checked("mean", self.mean, (None,))[0]
+        _checked("scale", self.scale, (width,))
+        if not (self.scale > 0).all():
+            raise SidError(f"the quantiser's scale holds {self.scale.min()}; standard deviations are above 0")
+        for number, layer in enumerate(self.layers):
+            out, _ = _checked(f"weight.{number}", layer.weight, (None, width))
+            _checked(f"bias.{number}", layer.bias, (out,))
+            width = out
+        num_levels, codebook_size, _ = _checked("codebooks", self.codebooks, (None, None, width))
+        SidSpace(num_levels, codebook_size)
+        if not (np.abs(self.codebooks).max(initial=0.0) * np.sqrt(width) <= _LARGEST_NORM):
+            raise SidError(f"the quantiser's codebooks holds a value beyond ±{_LARGEST_NORM:g}")
+
     @property
     def space(self) -> SidSpace:
         """The SIDs that this quantiser writes."""
         return SidSpace(self.codebooks.shape[0], self.codebooks.shape[1])
 
-    def standardise(self, vectors: Vectors) -> Vectors:
-        """Per-dimension zero mean and unit variance, by the training catalogue's statistics."""
-        if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
-            raise SidError(f"vectors have shape {vectors.shape}; this quantiser takes (N, {len(self.mean)})")
-        if not np.isfinite(vectors).all():
-            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise SidError(f"vector {row} holds a value that is not finite, so no code is nearest to it")
-        return (vectors - self.mean) / self.scale
-
-    def latents(self, vectors: Vectors) -> Vectors:
+    def latents(self, vectors: npt.NDArray[np.number]) -> Vectors:
         """What the codebooks quantise, (N, D) → (N, width of the latent)."""
-        latents = self.standardise(vectors)
-        for number, layer in enumerate(self.layers):
-            latents = latents @ layer.weight.T + layer.bias
-            if number < len(self.layers) - 1:
-                latents = np.maximum(latents, 0.0)
+        latents = np.empty((len(vectors), self.codebooks.shape[2]), np.float32)
+        for rows, block in self._latent_blocks(vectors):
+            latents[rows] = block[: rows.stop - rows.start]
         return latents
 
-    def last_residuals(self, vectors: Vectors, codes: Codes) -> Vectors:
+    def last_residuals(self, vectors: npt.NDArray[np.number], codes: Codes) -> Vectors:
         """What these codes (N, L) leave of each item for the last level to quantise."""
         residuals = self.latents(vectors)
         for level in range(self.space.num_levels - 1):
-            residuals = residuals - self.codebooks[level][codes[:, level]]
+            residuals -= self.codebooks[level][codes[:, level]]
         return residuals
 
-    def encode(self, vectors: Vectors, batch: int = 8192) -> Codes:
-        """Nearest codes, level by level, (N, D) → (N, L). Different items may get one SID."""
+    def encode(self, vectors: npt.NDArray[np.number]) -> Codes:
+        """Nearest codes, level by level, (N, D) → (N, L). Different items may get one SID.
+
+        `vectors` may be memory-mapped, of any real type: a block at a time is read, and made float32.
+        """
         codes = np.empty((len(vectors), self.space.num_levels), np.uint16)
-        for start in range(0, len(vectors), batch):
-            residual = self.latents(vectors[start : start + batch])
-            for level, codebook in enumerate(self.codebooks):
-                nearest = squared_distances(residual, codebook).argmin(axis=1)
-                codes[start : start + batch, level] = nearest
-                residual = residual - codebook[nearest]
+        for rows, block in self._latent_blocks(vectors):
+            codes[rows] = self._quantise(block)[: rows.stop - rows.start]
         return codes
 
-    def assign_new(self, vectors: Vectors, taken: SidTrie) -> Codes:
+    def assign_new(self, vectors: npt.NDArray[np.number], taken: SidTrie) -> Codes:
         """SIDs for new items (M, D) → (M, L) that no item of `taken`, nor another of the new ones, has.
 
         The first L-1 codes are the nearest ones; the last is the nearest that is still free under them. A prefix that
-        is full passes on to the nearest other (L-1)th code.
-        """
-        codes = self.encode(vectors)
-        given: set[tuple[int, ...]] = set()
-        for row, vector in enumerate(self.latents(vectors)):
-            codes[row] = self._nearest_free(vector, codes[row], taken, given)
-            given.add(tuple(int(code) for code in codes[row]))
-        return codes
+        is full passes on to the nearest other (L-1)th code; when those are full too, `SidError`.
 
-    def _nearest_free(self, vector: Vectors, nearest: Codes, taken: SidTrie, given: set[tuple[int, ...]]) -> Codes:
-        last = self.space.num_levels - 1
-        residual = vector
-        for level in range(last - 1):
-            residual = residual - self.codebooks[level][nearest[level]]
-        parents = (
-            [None]
-            if last == 0
-            else np.argsort(squared_distances(residual[None], self.codebooks[last - 1])[0], kind="stable")
-        )
-        for parent in parents:
-            prefix = tuple(int(code) for code in nearest[: max(last - 1, 0)])
-            rest = residual
-            if parent is not None:
-                prefix += (int(parent),)
-                rest = residual - self.codebooks[last - 1][parent]
-            for code in np.argsort(squared_distances(rest[None], self.codebooks[last])[0], kind="stable"):
-                sid = (*prefix, int(code))
-                if sid not in given and not _is_taken(taken, sid):
-                    return np.array(sid, np.uint16)
-        raise SidError(f"no SID is free under the prefix {list(nearest[: max(last - 1, 0)])}: train a larger codebook")
+        Items choose in the order given, so put first whose place matters most. Then a later item never changes an
+        earlier one's SID, and assigning a list in two goes, the first part's SIDs taken, equals assigning it in one.
+        """
+        if taken.space != self.space:
+            raise SidError(f"the taken SIDs are of {taken.space}, this quantiser writes {self.space}")
+        latents = np.empty((len(vectors), self.codebooks.shape[2]), np.float32)
+        codes = np.empty((len(vectors), self.space.num_levels), np.uint16)
+        for rows, block in self._latent_blocks(vectors):
+            latents[rows] = block[: rows.stop - rows.start]
+            codes[rows] = self._quantise(block)[: rows.stop - rows.start]
+        under: dict[_Prefix, set[int]] = {}
+
+        def taken_under(prefix: _Prefix) -> set[int]:
+            if prefix not in under:
+                under[prefix] = _last_codes(taken, prefix)
+            return under[prefix]
+
+        for row, nearest in enumerate(codes.tolist()):
+            prefix, code = tuple(nearest[:-1]), nearest[-1]
+            if code in taken_under(prefix):
+                prefix, code = self._nearest_free(latents[row], nearest, taken_under)
+                codes[row] = (*prefix, code)
+            taken_under(prefix).add(code)
+        return codes
 
     def save(self, folder: Path) -> None:
         """Write `mean`, `scale`, `codebooks`, and `weight.N` and `bias.N` of each layer."""
@@ -121,27 +132,145 @@ class ResidualQuantizer:
 
     @classmethod
     def load(cls, folder: Path) -> "ResidualQuantizer":
-        """Map a saved quantiser."""
-        num_layers = len(list(folder.glob("weight.*.npy")))
-        layers = (
-            DenseLayer(map_array(folder, f"weight.{number}"), map_array(folder, f"bias.{number}"))
-            for number in range(num_layers)
+        """Map a saved quantiser; `SidError` names the array that is missing, unreadable or does not fit."""
+        num_layers = max(len(list(folder.glob(f"{name}.*.npy"))) for name in ("weight", "bias"))
+        mean, scale, codebooks = (_map(folder, name) for name in ("mean", "scale", "codebooks"))
+        layers = tuple(
+            DenseLayer(_map(folder, f"weight.{number}"), _map(folder, f"bias.{number}")) for number in range(num_layers)
         )
-        mean, scale, codebooks = (map_array(folder, name) for name in ("mean", "scale", "codebooks"))
-        return cls(mean, scale, codebooks, tuple(layers))
+        return cls(mean, scale, codebooks, layers)
+
+    def _latent_blocks(self, vectors: npt.NDArray[np.number]) -> Iterator[tuple[slice, Vectors]]:
+        """(rows, their latents): `_BLOCK` of them each time, so that the last may have more than its rows.
+
+        A block is the caller's until the next one.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
+            raise SidError(f"vectors have shape {vectors.shape}; this quantiser takes (N, {len(self.mean)})")
+        if vectors.dtype.kind not in "fiu":
+            raise SidError(f"vectors are of type {vectors.dtype}; this quantiser takes real numbers")
+        standardised = np.empty((_BLOCK, len(self.mean)), np.float32)
+        for start in range(0, len(vectors), _BLOCK):
+            rows = slice(start, min(start + _BLOCK, len(vectors)))
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below, by the row
+                block = np.asarray(vectors[rows], np.float32)
+                _require(np.isfinite(block), start, "holds a value that is not finite in float32")
+                standardised[: len(block)] = block
+                standardised[len(block) :] = block[0]
+                standardised -= self.mean
+                standardised /= self.scale
+                latents = self._encoded(standardised, start)
+                is_small = _squared_norms(latents) <= _LARGEST_NORM**2  # and a number
+            _require(is_small, start, "overflows: its latent is too large")
+            yield rows, latents
+
+    def _encoded(self, hidden: Vectors, start: int) -> Vectors:
+        for number, layer in enumerate(self.layers):
+            hidden = hidden @ layer.weight.T
+            hidden += layer.bias
+            if number < len(self.layers) - 1:
+                # Here and not at the end alone: behind a ReLU an infinity can look like any number.
+                _require(np.isfinite(hidden), start, f"overflows in layer {number} of the encoder")
+                np.maximum(hidden, 0.0, out=hidden)
+        return hidden
+
+    def _quantise(self, residuals: Vectors) -> Codes:
+        """Nearest codes (N, L) of latents, which become what these codes leave over."""
+        codes = np.empty((len(residuals), self.space.num_levels), np.uint16)
+        for level, codebook in enumerate(self.codebooks):
+            codes[:, level] = self._nearest(self._nearness(residuals, level), residuals, level)
+            residuals -= codebook[codes[:, level]]
+        return codes
+
+    def _nearest_free(
+        self, latent: Vectors, nearest: list[int], taken_under: Callable[[_Prefix], set[int]]
+    ) -> tuple[_Prefix, int]:
+        last = self.space.num_levels - 1
+        residual = latent.copy()
+        for level in range(last - 1):
+            residual -= self.codebooks[level][nearest[level]]
+        for prefix in self._prefixes(residual, nearest):
+            used = taken_under(prefix)
+            if len(used) == self.space.codebook_size:
+                continue
+            rest = (residual - self.codebooks[last - 1][prefix[-1]] if prefix else residual)[None]
+            nearness = self._nearness(rest, last)
+            nearness[0, list(used)] = -np.inf
+            return prefix, int(self._nearest(nearness, rest, last)[0])
+        raise SidError(f"no SID is free under the prefix {nearest[: max(last - 1, 0)]}: train a larger codebook")
+
+    def _prefixes(self, residual: Vectors, nearest: list[int]) -> Iterator[_Prefix]:
+        """The item's own prefix, then those of the other (L-1)th codes, by their distance to what is left for them."""
+        if len(nearest) == 1:
+            yield ()
+            return
+        above, own = nearest[:-2], nearest[-2]
+        yield (*above, own)
+        by_distance = np.argsort(-self._nearness(residual[None], len(above))[0], kind="stable")
+        yield from ((*above, parent) for parent in by_distance.tolist() if parent != own)
+
+    def _nearness(self, residuals: Vectors, level: int) -> npt.NDArray[np.float32]:
+        """r·e - ‖e‖²/2 of every pair, (N, K): the greater, the nearer. ‖r‖² is the same for all codes."""
+        nearness: npt.NDArray[np.float32] = residuals @ self.codebooks[level].T
+        nearness -= self._squared_code_norms[level] / 2
+        return nearness
+
+    def _nearest(self, nearness: npt.NDArray[np.float32], residuals: Vectors, level: int) -> npt.NDArray[np.intp]:
+        """The lowest of the nearest codes (N,)."""
+        tie = _TIE * np.sqrt(_squared_norms(residuals)) * np.sqrt(self._squared_code_norms[level].max())
+        lowest: npt.NDArray[np.intp] = (nearness >= (nearness.max(axis=1) - tie)[:, None]).argmax(axis=1)
+        return lowest
+
+    @cached_property
+    def _squared_code_norms(self) -> npt.NDArray[np.float32]:
+        return _squared_norms(self.codebooks)  # (L, K)
 
 
 def squared_distances(vectors: Vectors, codebook: Vectors) -> npt.NDArray[np.float32]:
     """‖v - e‖² for every pair, (N, D), (K, D) → (N, K)."""
-    distances: npt.NDArray[np.float32] = (
-        (vectors**2).sum(axis=1)[:, None] - 2.0 * vectors @ codebook.T + (codebook**2).sum(axis=1)[None]
-    )
+    distances: npt.NDArray[np.float32] = vectors @ codebook.T
+    distances *= -2.0
+    distances += _squared_norms(vectors)[:, None]
+    distances += _squared_norms(codebook)
     return distances
 
 
-def _is_taken(trie: SidTrie, sid: tuple[int, ...]) -> bool:
+def _squared_norms(vectors: Vectors) -> npt.NDArray[np.float32]:
+    norms: npt.NDArray[np.float32] = np.einsum("...d,...d->...", vectors, vectors)
+    return norms
+
+
+def _last_codes(trie: SidTrie, prefix: _Prefix) -> set[int]:
+    """The last codes of the SIDs under a prefix of L-1 codes."""
     try:
-        trie.walk(sid)
+        node = trie.walk(prefix)
     except UnknownPrefixError:
-        return False
-    return True
+        return set()
+    return set(trie.children(np.array([node])).code.tolist())
+
+
+def _map(folder: Path, name: str) -> npt.NDArray[np.float32]:
+    try:
+        return map_array(folder, name)
+    except (OSError, ValueError, EOFError) as error:
+        raise SidError(f"the quantiser in {folder} cannot be read: {name}: {error}") from error
+
+
+def _checked(name: str, array: npt.NDArray[np.float32], expected: tuple[int | None, ...]) -> tuple[int, ...]:
+    """The array's shape, in which None may be any length."""
+    shape = array.shape
+    if len(shape) != len(expected) or any(want not in (None, have) for want, have in zip(expected, shape, strict=True)):
+        wanted = ", ".join("any" if length is None else str(length) for length in expected)
+        raise SidError(f"the quantiser's {name} has shape {shape}, not ({wanted})")
+    if array.dtype != np.float32:
+        raise SidError(f"the quantiser's {name} is {array.dtype}, not float32")
+    if not np.isfinite(array).all():
+        raise SidError(f"the quantiser's {name} holds a value that is not finite")
+    return shape
+
+
+def _require(is_good: npt.NDArray[np.bool_], start: int, otherwise: str) -> None:
+    """`SidError` naming the first row, counted from `start`, that is not all good."""
+    if not is_good.all():
+        row = start + int(is_good.reshape(len(is_good), -1).all(axis=1).argmin())
+        raise SidError(f"vector {row} {otherwise}, so no code is nearest to it")

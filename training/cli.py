@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from training.stage import StageError, Summary, console
+from training.stage import STAGE_FILE, StageError, Summary, console, is_main_process
+from training.tokenizer.methods import Method
 
 if TYPE_CHECKING:
     from training.pipeline import StageName
@@ -64,8 +65,11 @@ STAGE_HELP: dict["StageName", str] = {
 }
 
 
+_EPILOG = "KEY=VALUE: `sidrec-train settings {0}` lists the keys."
+
+
 def _add_stage(name: "StageName") -> None:
-    @app.command(name, help=STAGE_HELP[name], epilog=f"KEY=VALUE: `sidrec-train settings {name}` lists the keys.")
+    @app.command(name, help=STAGE_HELP[name], epilog=_EPILOG.format(name))
     def command(
         data: DataOption,
         out: OutOption,
@@ -74,13 +78,52 @@ def _add_stage(name: "StageName") -> None:
         skip_bad_rows: SkipOption = False,
         as_json: JsonOption = False,
     ) -> None:
-        qualified = [text if "." in text.partition("=")[0] else f"{name}.{text}" for text in overrides or []]
-        summary = _run(name, data, out, qualified, config, skip_bad_rows)[name]
+        summary = _run(name, data, out, _qualified(name, overrides), config, skip_bad_rows)[name]
         _print_summary(name, summary, as_json)
 
 
 for _name in STAGE_HELP:
-    _add_stage(_name)
+    if _name != "tokenizer":
+        _add_stage(_name)
+
+
+@app.command("tokenizer", help=STAGE_HELP["tokenizer"], epilog=_EPILOG.format("tokenizer"))
+def tokenizer(
+    data: DataOption,
+    out: OutOption,
+    overrides: Overrides = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="How: the same as method=…", show_default="residual-kmeans")
+    ] = None,
+    config: ConfigOption = None,
+    skip_bad_rows: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    qualified = _qualified("tokenizer", overrides) + ([f"tokenizer.method={method}"] if method else [])
+    summary = _run("tokenizer", data, out, qualified, config, skip_bad_rows)["tokenizer"]
+    _print_summary("tokenizer", summary, as_json)
+    if not as_json and is_main_process():
+        console.print(f"What the SIDs are like: {out / 'tokenizer' / 'report.html'}", soft_wrap=True)
+
+
+@app.command("export-sids")
+def export_sids(
+    out: OutOption,
+    file: Annotated[Path, typer.Argument(help="FILE.json or FILE.parquet to write.", show_default=False)],
+) -> None:
+    """Write every item's SID of a finished tokenizer stage, for other tools.
+
+    The other way: `sidrec-train tokenizer --method imported sids=FILE` takes SIDs from elsewhere.
+    """
+    from training.interactions import Dataset
+    from training.tokenizer.sid_files import write_sids
+    from training.tokenizer.stage import TokenizedCatalog
+
+    if not (out / "tokenizer" / STAGE_FILE).exists():
+        raise StageError(f"{out} has no finished tokenizer stage: run `sidrec-train tokenizer --out {out} …` first")
+    catalog = TokenizedCatalog.load(out / "tokenizer", Dataset.load(out / "data")).catalog
+    write_sids(file, catalog.item_ids, catalog.codes, catalog.space)
+    console.print(f"{len(catalog):,} SIDs in {file}", soft_wrap=True)
 
 
 @app.command()
@@ -100,6 +143,30 @@ def pipeline(
     from training.report import show_results
 
     show_results(summaries, Console())
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN [RUN]...",
+            help="Evaluated run folders, the reference first; NAME=RUN,RUN,… for several seeds of one method.",
+            show_default=False,
+        ),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare evaluated runs on the same data, user by user: is one better, or is it luck?"""
+    from training import comparison
+
+    compared = comparison.compare([comparison.parse_row(text) for text in runs])
+    if as_json:
+        sys.stdout.write(compared.model_dump_json() + "\n")
+        return
+    from training.report import comparison_table
+
+    Console().print(comparison_table(compared))
 
 
 @app.command()
@@ -133,6 +200,11 @@ def main() -> None:
         sys.exit(1)
 
 
+def _qualified(stage: str, overrides: list[str] | None) -> list[str]:
+    """A stage's own command needs no `stage.` before its keys."""
+    return [text if "." in text.partition("=")[0] else f"{stage}.{text}" for text in overrides or []]
+
+
 def _run(
     until: "StageName", data: Path, out: Path, overrides: list[str], config: str | None, skip_bad_rows: bool
 ) -> dict["StageName", Summary]:
@@ -152,6 +224,8 @@ def _run(
 
 
 def _print_summary(name: str, summary: Summary, as_json: bool) -> None:
+    if not is_main_process():
+        return
     content = summary.model_dump(mode="json")
     if as_json:
         sys.stdout.write(json.dumps(content) + "\n")

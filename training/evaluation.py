@@ -1,16 +1,19 @@
 """Stage `evaluate`: full-catalogue ranking at item level, with the beam that serves and the baselines beside it.
 
 Every user's list comes from the trie-constrained beam over the whole catalogue, once with the user's history left out
-and once with nothing left out, from one prefill. Baselines rank the same targets in the same run.
+and once with nothing left out, from one prefill. Baselines rank the same targets in the same run. What each user got
+is written beside the means, so that runs can be compared user by user (`training.comparison`).
 """
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
 from pydantic import Field, PositiveInt
 
@@ -43,10 +46,19 @@ from training.metrics import (
 )
 from training.sequences import Sequences
 from training.sft import TrainedModel, history_items
-from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar
+from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 from training.tokenizer.stage import TokenizedCatalog
 
 LIST_LENGTH = 50  # the longest cut-off of the metrics
+USERS_FILE = "users.parquet"
+
+
+class EvaluatedSplit(EvaluationInput, Protocol):
+    """A split that says which user each of its rows is."""
+
+    @property
+    def users(self) -> npt.NDArray[np.int64]:
+        """The dataset's index of each evaluated user, (users,)."""
 
 
 class EvaluationConfig(StageConfig):
@@ -130,11 +142,11 @@ def run(
     config: EvaluationConfig,
     ranker: "GenerativeRanker",
     baselines: Baselines,
-    split: EvaluationInput,
+    split: EvaluatedSplit,
     tokenized: TokenizedCatalog,
     folder: StageFolder,
 ) -> EvaluationSummary:
-    """Rank every user of the split with the model and with each baseline."""
+    """Rank every user of the split with the model and with each baseline; write `users.parquet`."""
     torch.set_num_threads(config.threads)
     if len(split.targets) == 0:
         raise StageError(f"the {config.split} split has no user: leave-one-out needs users with at least three events")
@@ -142,6 +154,10 @@ def run(
     histories, targets = tokenized.to_ranks(split.histories), tokenized.rank_of_item[split.targets]
     lists = ranker.rank_all(histories, targets, config)
     seconds = time.monotonic() - start
+    save_users(
+        folder.path,
+        UserResults(split.users, split.targets, lists.target_log_likelihood, lists.masked_ranks, lists.unmasked_ranks),
+    )
     masked = metrics_of_ranks(lists.masked_ranks)
     rows: dict[str, RankingMetrics] = {}
     scorers = baselines.by_name()
@@ -173,6 +189,51 @@ def run(
     )
     folder.finish(summary)
     return summary
+
+
+@dataclass(frozen=True)
+class UserResults:
+    """What `users.parquet` holds: a row per evaluated user. A miss has the rank `rank_of_a_miss`, beyond every cut-off.
+
+    Users and targets are the dataset's indices: the same in every run on one finished data stage, whatever its SIDs.
+    """
+
+    users: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int32]
+    target_log_likelihood: npt.NDArray[np.float64]
+    masked_ranks: npt.NDArray[np.int64]  # the user's history left out of the ranking
+    unmasked_ranks: npt.NDArray[np.int64]
+
+
+def save_users(path: Path, results: UserResults) -> None:
+    """Write `users.parquet` into the evaluate stage's folder, whole or not at all."""
+    columns = {
+        "user": results.users,
+        "target": results.targets,
+        "target_log_likelihood": results.target_log_likelihood,
+        "masked_rank": results.masked_ranks,
+        "unmasked_rank": results.unmasked_ranks,
+    }
+    content = io.BytesIO()
+    pl.DataFrame(columns).write_parquet(content)
+    write_atomically(path / USERS_FILE, content.getvalue())
+
+
+def load_users(path: Path) -> UserResults:
+    """Read `users.parquet` of a finished evaluate stage's folder."""
+    try:
+        frame = pl.read_parquet(path / USERS_FILE)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StageError(
+            f"{path / USERS_FILE} cannot be read ({error}): remove {path} and run `sidrec-train evaluate` again"
+        ) from error
+    return UserResults(
+        users=frame["user"].to_numpy(),
+        targets=frame["target"].to_numpy(),
+        target_log_likelihood=frame["target_log_likelihood"].to_numpy(),
+        masked_ranks=frame["masked_rank"].to_numpy(),
+        unmasked_ranks=frame["unmasked_rank"].to_numpy(),
+    )
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,13 @@ class MeanInterval:
     high: float
 
 
+@dataclass(frozen=True)
+class MeanTest(MeanInterval):
+    """A mean over users and seeds, and the two-sided bootstrap p-value of its being 0."""
+
+    p_value: float
+
+
 def target_ranks(
     scores: npt.NDArray[np.float32],
     targets: npt.NDArray[np.int32],
@@ -150,6 +157,38 @@ def bootstrap_mean(values: FloatArray, *, samples: int = 2000, seed: int) -> Mea
     return MeanInterval(float(values.mean()), float(low), float(high))
 
 
+def bootstrap_over_seeds(values: FloatArray, *, samples: int = 2000, seed: int) -> list[MeanTest]:
+    """Each quantity's mean over users and seeds, tested against 0; `values` (U, S, Q) of Q quantities → Q tests.
+
+    A sample draws U users with replacement and, independently, S seeds with replacement, and averages the drawn users'
+    values in the drawn seeds; all quantities share the draws. The interval is the 95 % percentile interval; the p-value
+    is min(1, 2 (1 + k) / (samples + 1)), with k the fewer of the samples ≤ 0 and the samples ≥ 0. With one seed only
+    users are drawn, and the interval is `bootstrap_mean`'s. With few seeds the part of the interval that comes from
+    seeds is too narrow by √((S − 1) / S): 0.71 of its width at S = 2, 0.82 at S = 3.
+    """
+    num_users, num_seeds, num_quantities = values.shape
+    if not values.size:
+        raise ValueError(f"nothing to resample: values of shape {values.shape} are empty")
+    generator = np.random.default_rng(seed)
+    by_seed = np.concatenate(list(_resampled_means(values.reshape(num_users, -1), samples, generator)))
+    drawn = generator.integers(0, num_seeds, (samples, num_seeds))
+    of_sample = by_seed.reshape(samples, num_seeds, num_quantities)
+    means = np.take_along_axis(of_sample, drawn[:, :, None], axis=1).mean(1)  # (samples, Q)
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    beyond = np.minimum((means <= 0).sum(0), (means >= 0).sum(0))
+    p_values = np.minimum(1.0, 2 * (1 + beyond) / (samples + 1))
+    columns = (values.mean((0, 1), dtype=np.float64), low, high, p_values)
+    return [MeanTest(*map(float, row)) for row in zip(*columns, strict=True)]
+
+
+def holm(p_values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Holm's step-down adjustment of m p-values, (m,): the i-th smallest times m − i + 1, at least those before it."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(order), 0, -1))
+    return np.minimum(adjusted, 1.0)
+
+
 def coverage(recommended: npt.NDArray[np.int32], num_items: int) -> float:
     """Share of the catalogue that at least one list recommends; `recommended` (U, k), NO_ITEM ignored."""
     return float(np.count_nonzero(_exposures(recommended, num_items)) / num_items)
@@ -177,10 +216,14 @@ def _masked_cells(masked: Sequences, num_items: int) -> tuple[npt.NDArray[np.int
 def _resampled_means(
     values: FloatArray, samples: int, generator: np.random.Generator
 ) -> Iterator[npt.NDArray[np.float64]]:
-    at_once = max(1, RESAMPLED_VALUES_AT_ONCE // len(values))
+    """Means over drawn users of `values`, (U,) or (U, C), in parts: (samples,) or (samples, C) in all."""
+    num_users = len(values)
+    at_once = max(1, RESAMPLED_VALUES_AT_ONCE // num_users)
     for start in range(0, samples, at_once):
-        drawn = generator.integers(0, len(values), (min(at_once, samples - start), len(values)))  # (samples, U)
-        yield values[drawn].mean(1, dtype=np.float64)
+        part = min(at_once, samples - start)
+        drawn = generator.integers(0, num_users, (part, num_users)) + num_users * np.arange(part)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=part * num_users).reshape(part, num_users)
+        yield counts.astype(np.float64) @ values / num_users
 
 
 def _exposures(recommended: npt.NDArray[np.int32], num_items: int) -> npt.NDArray[np.int64]:

@@ -23,6 +23,7 @@ from training.collaborative import CollaborativeConfig
 from training.evaluation import EvaluationConfig
 from training.interactions import DataConfig, Dataset
 from training.item_vectors import VectorsConfig
+from training.processes import Processes
 from training.publish import PublishConfig
 from training.sequences import Sequences
 from training.sft import SftConfig
@@ -105,18 +106,21 @@ class Pipeline:
         return {name: self._run_stage(name) for name in STAGES if name in needed}
 
     def _run_stage(self, name: StageName) -> Summary:
-        stage = _STAGES[name]
+        stage, processes = _STAGES[name], Processes.launched()
         upstream: dict[str, str] = {before: self._fingerprints[before] for before in self._upstream(name)}
-        folder = StageFolder(
-            self._out / name,
-            getattr(self.config, name),
-            upstream or {"input": interactions.fingerprint_of(self._data_dir)},
-        )
-        self._fingerprints[name] = folder.fingerprint
-        if (finished := folder.finished()) is not None:
-            summary = stage.summary.model_validate(finished)
-            if stage.still_holds(self, summary):
-                return summary
+        with processes.main_first():
+            folder = StageFolder(
+                self._out / name,
+                getattr(self.config, name),
+                upstream or {"input": interactions.fingerprint_of(self._data_dir)},
+            )
+            self._fingerprints[name] = folder.fingerprint
+            if (finished := folder.finished()) is not None:
+                summary = stage.summary.model_validate(finished)
+                if stage.still_holds(self, summary):
+                    return summary
+            if not stage.is_shared:
+                return stage.make(self, folder)
         return stage.make(self, folder)
 
     def _upstream(self, name: StageName) -> tuple[StageName, ...]:
@@ -220,6 +224,7 @@ class _Stage:
     upstream: tuple[StageName, ...]
     summary: type[Summary]
     make: Callable[[Pipeline, StageFolder], Summary]
+    is_shared: bool = False  # whether the processes of a launch make it together; else the first makes it for all
     still_holds: Callable[[Pipeline, Summary], bool] = lambda _pipeline, _summary: True
 
 
@@ -227,10 +232,10 @@ _STAGES: dict[StageName, _Stage] = {
     "data": _Stage((), interactions.DataSummary, Pipeline.make_data),
     "vectors": _Stage(("data",), item_vectors.VectorsSummary, Pipeline.make_vectors),
     "collaborative": _Stage(("data",), collaborative.CollaborativeSummary, Pipeline.make_collaborative),
-    "tokenizer": _Stage(("data", "vectors"), tokenizer.TokenizerSummary, Pipeline.make_tokenizer),
+    "tokenizer": _Stage(("data", "vectors"), tokenizer.TokenizerSummary, Pipeline.make_tokenizer, is_shared=True),
     "sft": _Stage(("data", "tokenizer"), sft.SftSummary, Pipeline.make_sft),
     "evaluate": _Stage(("sft", "collaborative"), evaluation.EvaluationSummary, Pipeline.make_evaluate),
-    "publish": _Stage(("evaluate",), publish.PublishSummary, Pipeline.make_publish, Pipeline.is_published),
+    "publish": _Stage(("evaluate",), publish.PublishSummary, Pipeline.make_publish, still_holds=Pipeline.is_published),
 }
 
 

@@ -1,19 +1,25 @@
-"""One training run on several processes, as `accelerate launch` starts them; alone it is all no-ops.
+"""One training run on several processes, as `accelerate launch` starts them; all no-ops in a run of one.
 
 The launcher, the process group and the gradients' averaging are accelerate's. This module adds the few collective
 operations that stages need, so that no stage asks how many processes there are.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from training.stage import is_main_process
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_LAUNCHERS_VARIABLES = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}  # of torchrun, and of accelerate's own launcher
 
 LONGEST_WAIT = timedelta(days=7)
 """The others wait while the first process embeds texts or writes a catalogue."""
@@ -35,12 +41,12 @@ class Processes:
     @classmethod
     def launched(cls) -> "Processes":
         """The processes of this launch; one, without `accelerate launch`."""
-        return _launched() if "ACCELERATE_MIXED_PRECISION" in os.environ else cls.alone()
+        return _launched() if os.environ.keys() & _LAUNCHERS_VARIABLES else cls.alone()
 
     @property
     def is_main(self) -> bool:
         """Whether this one writes."""
-        return self.index == 0
+        return is_main_process()
 
     @cached_property
     def device(self) -> torch.device:
@@ -78,14 +84,25 @@ class Processes:
         """Element-wise sum over the processes."""
         return values if self._accelerator is None else self._accelerator.reduce(values, "sum")
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others enter once the first process has left; they find what it made."""
+        if not self.is_main:
+            self.wait_for_all()
+        yield
+        if self.is_main:  # not after an exception: the launcher then ends the others
+            self.wait_for_all()
+
     def wait_for_all(self) -> None:
         """Return when every process is here."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
 
+@cache
 def _launched() -> Processes:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    return Processes(Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]))
+    without_gpu = not torch.accelerator.is_available()
+    return Processes(Accelerator(cpu=without_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]))

@@ -1,4 +1,4 @@
-"""Tables for people: one stage's summary, and what a whole run trained."""
+"""Tables for people: one stage's summary, what a whole run trained, and runs beside each other."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from training.evaluation import EvaluationSummary, RankingRow
+from training.comparison import Comparison, Estimate
+from training.evaluation import Difference, EvaluationSummary, RankingRow
 from training.interactions import DataSummary
 from training.publish import PublishSummary
 from training.sft import SftSummary
@@ -73,6 +74,31 @@ def show_results(summaries: dict["StageName", Summary], console: Console) -> Non
         interval = f"{difference.difference:+.4f}  (95 %: {difference.low:+.4f} to {difference.high:+.4f})"
         ranking.add_row(title, f"{row.recall_10:.4f}", f"{row.ndcg_10:.4f}", interval)
     console.print(ranking)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Every row with its means and, against the reference, differences with 95 % intervals; one line per metric."""
+    seeds = f"{comparison.num_seeds} seed{'s' if comparison.num_seeds > 1 else ''}"
+    title = f"{comparison.num_users:,} {comparison.split} users, {seeds}; differences to {escape(comparison.reference)}"
+    table = Table("", "", "mean", "95 %", "difference", "95 %", "p (Holm)", title=title, title_justify="left")
+    for row in comparison.rows:
+        metrics: tuple[tuple[str, Estimate, Difference | None], ...] = (
+            ("log-likelihood", row.target_log_likelihood, row.difference_target_log_likelihood),
+            ("Recall@10", row.recall_10, row.difference_recall_10),
+            ("NDCG@10", row.ndcg_10, row.difference_ndcg_10),
+        )
+        for number, (name, own, less) in enumerate(metrics):
+            table.add_row(
+                "" if number else escape(row.name),
+                name,
+                f"{own.mean:.4f}",
+                f"{own.low:.4f} to {own.high:.4f}",
+                f"{less.difference:+.4f}" if less else "",
+                f"{less.low:+.4f} to {less.high:+.4f}" if less else "",
+                "" if number or row.p_holm is None else f"{row.p_holm:.4f}",
+                end_section=number == len(metrics) - 1,
+            )
+    return table
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -92,6 +92,11 @@ class StageFolder:
         write_atomically(self.path / STAGE_FILE, json.dumps(record, indent=2).encode())
 
 
+def is_main_process() -> bool:
+    """Whether this process writes and reports: the only one, or the first of an `accelerate launch`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write the whole file or nothing: a reader, or a crash, sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -128,5 +133,5 @@ def progress_bar(description: str, total: int, completed: int = 0) -> Iterator[B
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not is_main_process()) as progress:
         yield Bar(progress, progress.add_task(description, total=total, completed=completed, note=""))

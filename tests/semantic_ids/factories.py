@@ -1,5 +1,6 @@
 """Small things to test with: SID spaces, catalogues, quantisers, tables, a publishable bundle, tiny models."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -14,7 +15,7 @@ from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace, SidVocabulary
 from semantic_ids.neighbours import Neighbours
 from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, COMPACT_VERSION, HistoryItem, PromptSpec
-from semantic_ids.quantizer import ResidualQuantizer
+from semantic_ids.quantizer import DenseLayer, ResidualQuantizer
 from semantic_ids.text_encoder import TextEncoderIdentity
 
 if TYPE_CHECKING:
@@ -86,6 +87,19 @@ def random_quantizer(space: SidSpace = SPACE, dimension: int = 4, seed: int = 0)
     codebooks /= 2.0 ** np.arange(space.num_levels)[:, None, None]
     scale = generator.choice([0.5, 1.0, 2.0], dimension)
     return ResidualQuantizer(eighths(generator.normal(size=dimension)), eighths(scale), eighths(codebooks))
+
+
+def random_mlp_quantizer(
+    space: SidSpace = SPACE, widths: Sequence[int] = (4, 6, 3), seed: int = 0
+) -> ResidualQuantizer:
+    """A quantiser behind an MLP of these widths, whose latents are exact in float32 for vectors that are eighths."""
+    generator = np.random.default_rng(seed)
+    layers = tuple(
+        DenseLayer(generator.integers(-1, 2, (out, into)).astype(np.float32), eighths(generator.normal(size=out)))
+        for into, out in itertools.pairwise(widths)
+    )
+    outside, inside = random_quantizer(space, widths[0], seed), random_quantizer(space, widths[-1], seed + 1)
+    return ResidualQuantizer(outside.mean, outside.scale, inside.codebooks, layers)
 
 
 def random_neighbours(num_items: int, seed: int = 0) -> Neighbours:

@@ -30,6 +30,7 @@ from tests.semantic_ids.factories import (
     bundle_parts,
     history_items,
     random_catalog,
+    random_mlp_quantizer,
     random_quantizer,
     vocabulary,
 )
@@ -213,6 +214,37 @@ def test_two_files_that_changed_places_are_refused(bundle: Bundle):
     other.write_bytes(content)
     with pytest.raises(BundleError, match=r"quantizer/(mean|scale)\.npy was changed"):
         Bundle.load(bundle.path)
+
+
+def test_a_quantiser_with_an_mlp_comes_back_whole(root: Path, parts: BundleParts):
+    quantizer = random_mlp_quantizer()
+    loaded = publish(root, replace(parts, quantizer=quantizer), no_trial)
+    names = [f"quantizer/{name}.{layer}.npy" for name in ("bias", "weight") for layer in range(2)]
+    assert set(names) < set(loaded.manifest.files)
+    vectors = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    assert np.array_equal(loaded.quantizer.latents(vectors), quantizer.latents(vectors))
+    taken = loaded.catalog.trie
+    assert np.array_equal(loaded.quantizer.assign_new(vectors[:20], taken), quantizer.assign_new(vectors[:20], taken))
+
+
+def test_one_changed_weight_is_refused_by_its_file(root: Path, parts: BundleParts):
+    path = publish(root, replace(parts, quantizer=random_mlp_quantizer()), no_trial).path
+    weight = np.load(path / "quantizer" / "weight.1.npy")
+    weight[2, 3] += 1
+    np.save(path / "quantizer" / "weight.1.npy", weight)
+    with pytest.raises(BundleError, match=r"quantizer/weight\.1\.npy was changed after publication"):
+        Bundle.load(path)
+
+
+def test_a_quantiser_whose_layers_do_not_fit_is_refused(root: Path, parts: BundleParts):
+    """Every file is as its manifest says: what is wrong was wrong when it was published."""
+    quantizer = random_mlp_quantizer(widths=(4, 6, 3))
+    before = publish(root, parts, no_trial).bundle_id
+    object.__setattr__(quantizer, "layers", quantizer.layers[:1])  # past its own check
+    with pytest.raises(BundleError, match=r"codebooks has shape \(3, 8, 3\), not \(any, any, 6\)"):
+        publish(root, replace(parts, quantizer=quantizer), no_trial)
+    assert current_id(root) == before
+    assert visible_bundles(root) == [root / before]
 
 
 def test_a_renamed_folder_is_refused(bundle: Bundle):

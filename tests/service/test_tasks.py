@@ -7,18 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from semantic_ids.bundle import Bundle
+from semantic_ids.bundle import Bundle, publish
+from semantic_ids.quantizer import DenseLayer, ResidualQuantizer
 from service.settings import Settings
 from service.tasks import ENCODE_QUEUE, NewItem, make_celery
-from tests.service.world import BY_ID, ITEM_IDS, SPACE
+from tests.service.world import BY_ID, ENCODER_DIMENSION, ITEM_IDS, SPACE, make_parts
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,13 +43,19 @@ def assert_new_sids(answer: dict[str, Any], bundle: Bundle) -> None:
     assert not set(sids) & {item.codes for item in BY_ID.values()}
 
 
-@pytest.fixture(scope="module")
-def tasks(bundles: Path) -> Iterator[ModuleType]:
+@contextmanager
+def imported_tasks(bundles: Path) -> Iterator[ModuleType]:
     """The module as a worker imports it: its settings are those of the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDREC_BUNDLES", str(bundles))
         patch.delitem(sys.modules, "service.tasks")
         yield importlib.import_module("service.tasks")
+
+
+@pytest.fixture(scope="module")
+def tasks(bundles: Path) -> Iterator[ModuleType]:
+    with imported_tasks(bundles) as module:
+        yield module
 
 
 def test_new_items_get_sids_that_are_legal_distinct_and_free(tasks: ModuleType, bundle: Bundle):
@@ -54,6 +64,24 @@ def test_new_items_get_sids_that_are_legal_distinct_and_free(tasks: ModuleType, 
     assert tasks.assign_sids(NEW_ITEMS) == answer, "the same items get the same SIDs"
     prefixes = [SPACE.parse(answer["sids"][f"new-{number}"])[:-1] for number in (2, 3)]
     assert prefixes[0] == prefixes[1], "the same text differs in the last code alone"
+
+
+def test_new_items_get_sids_through_the_encoder_of_the_quantiser(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    layers = tuple(
+        DenseLayer(rng.normal(0, into**-0.5, (out, into)).astype(np.float32), np.zeros(out, np.float32))
+        for into, out in ((ENCODER_DIMENSION, 64), (64, 16))
+    )
+    quantizer = ResidualQuantizer(
+        mean=np.zeros(ENCODER_DIMENSION, np.float32),
+        scale=np.full(ENCODER_DIMENSION, 0.05, np.float32),
+        codebooks=rng.normal(0, 0.5, (SPACE.num_levels, SPACE.codebook_size, 16)).astype(np.float32),
+        layers=layers,
+    )
+    bundles = tmp_path / "bundles"
+    bundle = publish(bundles, replace(make_parts(tmp_path / "model"), quantizer=quantizer), lambda _bundle: None)
+    with imported_tasks(bundles) as tasks:
+        assert_new_sids(tasks.assign_sids(NEW_ITEMS), bundle)
 
 
 def test_a_known_item_is_refused(tasks: ModuleType):

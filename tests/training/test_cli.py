@@ -116,7 +116,7 @@ def test_the_help_of_every_command_says_what_it_does_and_what_it_takes(cli, comm
 def test_the_help_of_the_program_names_every_command_and_the_format_of_the_data(cli):
     shown = cli("--help")
     assert shown.code == 0
-    for taught in (*STAGE_HELP, "pipeline", "settings", "demo-data", "interactions.csv", "item_id, title"):
+    for taught in (*STAGE_HELP, "pipeline", "compare", "settings", "demo-data", "interactions.csv", "item_id, title"):
         assert taught in " ".join(shown.stdout.split())
 
 

@@ -20,6 +20,7 @@ from training.evaluation import (
     EvaluationSummary,
     GenerativeRanker,
     RankedLists,
+    load_users,
     run,
 )
 from training.metrics import metrics_of_ranks, rank_of_a_miss
@@ -33,10 +34,14 @@ MAX_HISTORY = 6
 
 @dataclass(frozen=True)
 class Split:
-    """The smallest EvaluationInput."""
+    """The smallest EvaluatedSplit; its users are numbered 0, 10, 20, …"""
 
     histories: Sequences
     targets: npt.NDArray[np.int32]
+
+    @property
+    def users(self) -> npt.NDArray[np.int64]:
+        return 10 * np.arange(len(self.targets))
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,30 @@ def test_a_run_puts_the_baselines_beside_the_model_on_the_same_targets(small, tm
     assert difference.low <= difference.difference <= difference.high
     assert (summary.num_users, summary.num_items, summary.split, summary.width) == (3, 40, "test", 50)
     assert EvaluationSummary.model_validate(folder.finished()) == summary
+
+
+def test_a_run_writes_what_every_user_got(small, tmp_path):
+    """Targets are written as item indices, which here stand in reverse of the catalogue's ranks."""
+    tokenized = small.tokenized
+    reverse = TokenizedCatalog(tokenized.catalog, tokenized.quantizer, tokenized.rank_of_item[::-1].copy())
+    split = random_split(small, 12)
+    by_rank = Split(reverse.to_ranks(split.histories), reverse.rank_of_item[split.targets])
+    config = EvaluationConfig(threads=1, bootstrap_samples=100)
+    folder = StageFolder(tmp_path / "evaluate", config, {})
+    summary = run(config, small.ranker, baselines_of(40), split, reverse, folder)
+    results, lists = load_users(folder.path), rank_all(small, by_rank)
+    assert results.users.tolist() == split.users.tolist()
+    assert results.targets.tolist() == split.targets.tolist()
+    assert results.masked_ranks.tolist() == lists.masked_ranks.tolist()
+    assert results.unmasked_ranks.tolist() == lists.unmasked_ranks.tolist()
+    assert results.target_log_likelihood.tolist() == lists.target_log_likelihood.tolist()
+    assert results.target_log_likelihood.mean() == summary.target_log_likelihood
+    assert metrics_of_ranks(results.masked_ranks).means()["recall@10"] == summary.recall_10
+
+
+def test_a_run_without_its_users_says_what_to_do(tmp_path):
+    with pytest.raises(StageError, match=r"users.parquet cannot be read .*: remove .* `sidrec-train evaluate` again"):
+        load_users(tmp_path)
 
 
 def test_when_everybody_has_seen_everything_there_is_still_a_summary(small, tmp_path):

@@ -10,8 +10,10 @@ from training import metrics
 from training.metrics import (
     NO_ITEM,
     bootstrap_mean,
+    bootstrap_over_seeds,
     coverage,
     gini,
+    holm,
     metrics_of_ranks,
     paired_bootstrap,
     target_ranks,
@@ -154,6 +156,46 @@ def test_bootstrap_in_chunks_equals_resampling_in_one_go() -> None:
     low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
     interval = bootstrap_mean(values, samples=2000, seed=2)
     assert [interval.low, interval.high] == pytest.approx([low, high])
+
+
+def test_bootstrap_over_seeds_draws_seeds_as_well_as_users() -> None:
+    """All users are 0 with one seed and 1 with the other: samples are 0, ½, 1 in ¼, ½, ¼ of the draws.
+
+    So the interval is 0 … 1, and as k is the quarter of samples that are 0, p is ½.
+    """
+    values = np.tile(np.asarray([[[0.0], [1.0]]]), (5, 1, 1))  # (U, S, Q)
+    (test,) = bootstrap_over_seeds(values, samples=20_000, seed=0)
+    assert [test.mean, test.low, test.high] == [0.5, 0, 1]
+    assert test.p_value == pytest.approx(0.5, abs=0.02)
+
+
+def test_bootstrap_over_one_seed_is_the_bootstrap_over_users_for_every_quantity() -> None:
+    values = np.random.default_rng(0).normal(size=(300, 1, 2))
+    for number, test in enumerate(bootstrap_over_seeds(values, samples=400, seed=5)):
+        expected = bootstrap_mean(values[:, 0, number], samples=400, seed=5)
+        assert [test.mean, test.low, test.high] == pytest.approx([expected.mean, expected.low, expected.high])
+
+
+def test_bootstrap_p_value_agrees_with_the_normal_test() -> None:
+    """900 users whose mean is 2 standard errors from 0: p = 2 Φ(−2) = 0.0455."""
+    values = np.random.default_rng(0).normal(size=900)
+    values += 2 * values.std() / 30 - values.mean()
+    (test,) = bootstrap_over_seeds(values[:, None, None], samples=20_000, seed=1)
+    assert test.p_value == pytest.approx(0.0455, abs=0.006)
+    (mirrored,) = bootstrap_over_seeds(-values[:, None, None], samples=20_000, seed=1)
+    assert mirrored.p_value == test.p_value
+
+
+def test_bootstrap_over_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"nothing to resample: values of shape \(0, 2, 3\)"):
+        bootstrap_over_seeds(np.empty((0, 2, 3)), seed=0)
+
+
+def test_holm_by_hand() -> None:
+    """Ascending .005 .01 .03 .04 times 4 3 2 1 are .02 .03 .06 .04; the last is lifted to the .06 before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]).tolist() == [1, 1]
+    assert holm([0.02]).tolist() == [0.02]
 
 
 def test_coverage_and_gini_by_hand() -> None:

@@ -4,7 +4,6 @@ Everything here depends on distances and the given order of items alone, never o
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +14,7 @@ from torch import Tensor
 from semantic_ids.codes import Codes
 from semantic_ids.quantizer import ResidualQuantizer, Vectors, squared_distances
 from semantic_ids.trie import sid_keys
-
-Repair = Literal["hungarian", "sinkhorn", "random", "none"]
+from training.tokenizer.methods import Repair
 
 SINKHORN_ROUNDS = 20  # of the published repair (LETTER's code)
 
@@ -79,8 +77,8 @@ def balanced_kmeans(
             break
         sums = np.zeros((num_clusters, points.shape[1]))
         np.add.at(sums, labels, points)
-        sizes = np.bincount(labels, minlength=num_clusters)
-        centres = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+        sizes = np.bincount(labels, minlength=num_clusters)[:, None]
+        centres = np.where(sizes > 0, sums / np.maximum(sizes, 1), centres).astype(np.float32)
     return Clusters(centres, labels)
 
 

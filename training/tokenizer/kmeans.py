@@ -10,7 +10,7 @@ from training.tokenizer.methods import Initialisation
 from training.tokenizer.standardised import Standardised
 
 _BALANCED_SAMPLE = 8  # points per cluster: exact balanced assignment costs the cube of the points
-_FAR = 1e3  # standard deviations: where a code lies that no item has
+_FAR = 32.0  # of the longest residual: where a code lies that no item has (much farther, float32 blurs the others)
 
 
 def residual_codebooks(
@@ -38,15 +38,17 @@ def codebooks_of_codes(items: Standardised, codes: Codes, space: SidSpace) -> np
 
     So SIDs from elsewhere get a quantiser, and with it SIDs for new items. A code that no item has is put far away.
     """
-    codebooks = np.full((space.num_levels, space.codebook_size, items.width), _FAR, np.float32)
+    codebooks = np.empty((space.num_levels, space.codebook_size, items.width), np.float32)
     for level in range(space.num_levels):
-        sums = np.zeros((space.codebook_size, items.width))
+        sums, longest = np.zeros((space.codebook_size, items.width)), 0.0
         for rows in items.batches():
             residual = items.rows(rows)
             for above in range(level):
                 residual = residual - codebooks[above][codes[rows, above]]
             np.add.at(sums, codes[rows, level], residual)
+            longest = max(longest, float(np.linalg.norm(residual, axis=1).max()))
         counts = np.bincount(codes[:, level], minlength=space.codebook_size)
+        codebooks[level] = _FAR * max(longest, 1e-6) / np.sqrt(items.width)
         codebooks[level, counts > 0] = sums[counts > 0] / counts[counts > 0, None]
     return codebooks
 

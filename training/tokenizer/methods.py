@@ -3,10 +3,9 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from training.tokenizer.assignment import Repair
-from training.tokenizer.objectives import Similarity
-
 Method = Literal["residual-kmeans", "rqvae", "letter", "coba", "letter-coba", "gr2", "random", "imported"]
+Similarity = Literal["dot", "cosine"]
+Repair = Literal["hungarian", "sinkhorn", "random", "none"]
 CodebookUpdate = Literal["gradient", "ema"]
 Initialisation = Literal["kmeans++", "constrained"]
 

@@ -6,13 +6,12 @@ returns the mean over its `B` items.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Similarity = Literal["dot", "cosine"]
+from training.tokenizer.methods import Similarity
 
 
 def quantisation(residual: Tensor, code_vector: Tensor, commitment: float, *, learns_codes: bool) -> Tensor:

@@ -199,7 +199,8 @@ def _first_codes(evidence: Evidence) -> Section:
         hovertemplate="%{y:.2%} if all codes were alike<extra></extra>",
     )
     grouped = "" if per_bar == 1 else f", {per_bar} a bar"
-    figure.update_xaxes(title=f"first codes, the most frequent first{grouped}")
+    ticks = {"tickmode": "linear", "dtick": 1} if space.codebook_size <= 24 else {}
+    figure.update_xaxes(title=f"first codes, the most frequent first{grouped}", **ticks)
     figure.update_yaxes(tickformat=".1~%", rangemode="tozero")
     figure.update_layout(bargap=0.12 if len(bars) <= 64 else 0)
     tenth = -(-space.codebook_size // 10)
@@ -209,8 +210,9 @@ def _first_codes(evidence: Evidence) -> Section:
         look_for="Look for a few very tall bars at the left and for unused codes at the right: a flat profile splits "
         "the catalogue evenly, a steep one leaves most of the choice to later codes. Utilisation is an alarm, not a "
         "goal: first-level entropy and NDCG@10 correlate at about −0.02 (SID-Repro, arXiv 2609.24430).",
-        finding=f"{np.count_nonzero(items):,} of {space.codebook_size:,} first codes are used. The {tenth:,} most "
-        f"frequent hold {head:.1%} of the items; with all codes alike it would be {tenth / space.codebook_size:.1%}.",
+        finding=f"{np.count_nonzero(items):,} of {space.codebook_size:,} first codes are used. The most "
+        f"frequent tenth ({tenth:,}) holds {head:.1%} of the items; with all codes alike it would be "
+        f"{tenth / space.codebook_size:.1%}.",
         figure=_html(figure, "first-codes"),
     )
 
@@ -268,8 +270,8 @@ def _collisions(evidence: Evidence) -> Section:
     else:
         finding = (
             f"Before repair {before.sum():,} of {num_items:,} items ({before.sum() / num_items:.1%}) shared a SID, in "
-            f"{len(before):,} groups, the largest of {before.max(initial=0):,}. {moved:,} items got a code that is "
-            f"not their nearest. {after.sum():,} items still share one."
+            f"{len(before):,} {'group' if len(before) == 1 else 'groups'}, the largest of {before.max(initial=0):,}. "
+            f"{moved:,} items got a code that is not their nearest. {after.sum():,} items still share one."
         )
     return Section(
         heading="Items that shared a SID",
@@ -284,13 +286,14 @@ def _collisions(evidence: Evidence) -> Section:
 
 def _sizes_figure(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> Any:  # noqa: ANN401 - untyped plotly
     figure, most = go.Figure(layout=_layout(height=320)), 1
+    largest = int(max(before.max(initial=2), after.max(initial=2)))
+    width = max(0.4, largest / 300)  # still visible where one group is very large
     for name, sizes, colour in (("before repair", before, _BLUE), ("after repair", after, _ORANGE)):
         size, count = np.unique(sizes, return_counts=True)
         if len(size):
             written = f"%{{y:,}} groups of %{{x}} items {name}<extra></extra>"
-            figure.add_bar(x=size, y=count, name=name, marker_color=colour, hovertemplate=written)
+            figure.add_bar(x=size, y=count, name=name, marker_color=colour, width=width, hovertemplate=written)
             most = max(most, int(count.max()))
-    largest = int(max(before.max(initial=2), after.max(initial=2)))
     ticks = {"tickmode": "linear", "dtick": 1} if largest <= 24 else {}
     figure.update_xaxes(title="items with one SID", range=[1.4, largest + 0.6], **ticks)
     figure.update_yaxes(title="groups", type="log", dtick=1, range=[np.log10(0.6), np.log10(2 * most)])
@@ -354,8 +357,8 @@ def _map(evidence: Evidence) -> Section:
         heading="Map of the first codes",
         look_for="Hover over a code to read the titles nearest to its centre, and ask whether they belong together and "
         f"to their neighbours. The area of a mark is the number of its items.{colours}",
-        finding=f"This plane has {explained.sum():.0%} of the centres' variance: codes that look near may be far apart "
-        f"in the rest. {f'{unused:,} unused codes are not drawn.' if unused else 'Every code is used.'}",
+        finding=f"This plane has {explained.sum():.0%} of the centres' variance: what looks near may be far apart in "
+        f"another direction. {f'Unused codes, not drawn: {unused:,}.' if unused else 'Every code is used.'}",
         figure=_html(figure, "map"),
     )
 
@@ -364,8 +367,8 @@ def principal_plane(centres: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.fl
     """PCA: centres (M, d) → their places (M, 2) on the plane, and the share of the variance that each axis has (2,)."""
     left, singular, _ = np.linalg.svd(centres - centres.mean(axis=0), full_matrices=False)
     points, explained = np.zeros((len(centres), 2)), np.zeros(2)
-    width = min(2, len(singular))
-    if singular[0] > 0:
+    width = int((singular[:2] > 1e-6 * max(singular[0], 1e-12)).sum())  # less is rounding, not a direction
+    if width:
         # A singular vector has no sign of its own: the largest entry is made positive.
         signs = np.sign(left[np.abs(left[:, :width]).argmax(axis=0), np.arange(width)])
         points[:, :width] = left[:, :width] * singular[:width] * signs

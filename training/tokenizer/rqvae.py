@@ -117,8 +117,10 @@ class RqVae(nn.Module):
     def refresh_clusters(self, num_clusters: int, seed: int) -> None:
         """Cluster every level's codes anew, for the diversity term; sizes within 0.4 and 2.4 of the even share.
 
-        (LETTER's code has 10 to 60 of 256 codes in each of 10 clusters, which are these shares.)
+        (LETTER's code has 10 to 60 of 256 codes in each of 10 clusters, which are these shares.) A codebook too small
+        for so many clusters of two codes has fewer.
         """
+        num_clusters = min(num_clusters, self.space.codebook_size // 2)
         share = self.space.codebook_size / num_clusters
         sizes = {"min_size": max(2, round(0.4 * share)), "max_size": max(2, math.ceil(2.4 * share))}
         for level, codes in enumerate(self.codebooks.detach().cpu()):
@@ -241,7 +243,12 @@ class Outcome:
 
 
 def fit(
-    config: "TokenizerConfig", objectives: Objectives, space: SidSpace, signals: ItemSignals, folder: Path
+    config: "TokenizerConfig",
+    objectives: Objectives,
+    space: SidSpace,
+    signals: ItemSignals,
+    folder: Path,
+    processes: Processes,
 ) -> FitResult:
     """Train until the validation loss is flat, or `max_epochs`; resumes from the checkpoint in `folder`.
 
@@ -249,7 +256,6 @@ def fit(
     `convergence_threshold`. That loss is reconstruction and quantisation, of items that take no part in training: an
     item's text is what a new item can share with others; what users did with it is not.
     """
-    processes = Processes.launched()
     torch.manual_seed(config.seed)
     model = RqVae(config, objectives, space, signals.text.width)
     training, validation = _split(signals, config)

@@ -5,6 +5,7 @@ quantiser, the catalogue and a report. SIDs never follow item-id order: items co
 and all choices below depend on vectors and that order alone.
 """
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable
@@ -22,17 +23,28 @@ from semantic_ids.codes import Codes, SidSpace
 from semantic_ids.quantizer import ResidualQuantizer, Vectors
 from semantic_ids.trie import sid_keys
 from training.interactions import Dataset
+from training.processes import Processes
 from training.sequences import Sequences
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar
-from training.tokenizer.assignment import Repair, last_distances, make_unique
+from training.tokenizer.assignment import last_distances, make_unique
 from training.tokenizer.cooccurrence import Partners, item_graph, propagate
 from training.tokenizer.kmeans import codebooks_of_codes, residual_codebooks
-from training.tokenizer.methods import CodebookUpdate, Initialisation, Method, Objectives, objectives_of
-from training.tokenizer.objectives import Similarity
-from training.tokenizer.rqvae import ItemSignals, fit
+from training.tokenizer.methods import (
+    CodebookUpdate,
+    Initialisation,
+    Method,
+    Objectives,
+    Repair,
+    Similarity,
+    objectives_of,
+)
+from training.tokenizer.report import Evidence, titles_nearest_to_centres, write_report
+from training.tokenizer.rqvae import CHECKPOINT, ItemSignals, fit
+from training.tokenizer.sid_files import read_sids
 from training.tokenizer.standardised import Standardised
 
 MIXED_VECTORS = "mixed_vectors.npy"
+REPORT = "report.html"
 GIVEN: tuple[Method, ...] = ("random", "imported")
 """Methods whose SIDs follow from no vector: nothing is fitted, and nothing repaired."""
 
@@ -100,8 +112,9 @@ class TokenizerConfig(StageConfig):
         return objectives_of(self.method, self.model_dump())
 
     def identity(self) -> dict[str, Any]:
-        """Also what the method stands for."""
-        return {**super().identity(), "objectives": repr(self.objectives())}
+        """Also what the method stands for, and the content of the file of SIDs."""
+        content = hashlib.sha256(_read_bytes(Path(self.sids))).hexdigest() if self.sids else None
+        return {**super().identity(), "objectives": repr(self.objectives()), "sids": content}
 
 
 class TokenizerSummary(Summary):
@@ -134,26 +147,44 @@ class Inputs:
 
 
 def run(config: TokenizerConfig, inputs: Inputs, folder: StageFolder) -> TokenizerSummary:
-    """Fit, assign, repair; write `quantizer/`, `catalog/` and `report.html`."""
+    """Fit, assign, repair; write `quantizer/`, `catalog/` and `report.html`.
+
+    Under `accelerate launch` all processes fit together, and the first one does the rest.
+    """
     start = time.monotonic()
     torch.set_num_threads(config.threads)
+    processes = Processes.launched()
     popularity = np.bincount(inputs.train.items, minlength=inputs.dataset.num_items)
-    fitted = _fit(config, inputs, popularity, folder.path)
-    quantizer, nearest = fitted.quantizer, fitted.codes
-    space = quantizer.space
+    fitted = _fit(config, inputs, popularity, folder.path, processes)
+    if processes.is_main:
+        folder.finish(_tokenize(config, inputs, popularity, fitted, folder.path, start))
+    processes.wait_for_all()
+    for scratch in (CHECKPOINT, MIXED_VECTORS):
+        (folder.path / scratch).unlink(missing_ok=True)
+    return TokenizerSummary.model_validate(folder.finished())
+
+
+def _tokenize(
+    config: TokenizerConfig,
+    inputs: Inputs,
+    popularity: npt.NDArray[np.int64],
+    fitted: "Fitted",
+    path: Path,
+    start: float,
+) -> TokenizerSummary:
+    quantizer, nearest, space = fitted.quantizer, fitted.codes, fitted.quantizer.space
     _, one_of_each, copies = np.unique(_listings(inputs.vectors), return_index=True, return_counts=True)
     if config.method not in GIVEN:
         _refuse_collapse(space, nearest, one_of_each)
     repair = "none" if config.method in GIVEN else config.objectives().repair
     codes = make_unique(repair, fitted.assigner, fitted.assigned, nearest, config.seed)
+    dataset = inputs.dataset
     try:
-        catalog = Catalog.build(
-            space, inputs.dataset.item_ids, codes, popularity, inputs.dataset.titles, inputs.dataset.categories
-        )
+        catalog = Catalog.build(space, dataset.item_ids, codes, popularity, dataset.titles, dataset.categories)
     except CatalogError as error:
         raise StageError(f"{error}: correct the items file") from error
-    quantizer.save(folder.path / "quantizer")
-    catalog.save(folder.path / "catalog")
+    quantizer.save(path / "quantizer")
+    catalog.save(path / "catalog")
     moved = np.flatnonzero((codes != nearest).any(axis=1))
     summary = TokenizerSummary(
         method=config.method,
@@ -171,7 +202,19 @@ def run(config: TokenizerConfig, inputs: Inputs, folder: StageFolder) -> Tokeniz
         epochs=len(fitted.curve),
         seconds=time.monotonic() - start,
     )
-    folder.finish(summary)
+    evidence = Evidence(
+        summary=summary.model_dump(),
+        space=space,
+        codes=codes,
+        nearest=nearest,
+        popularity=popularity,
+        titles=dataset.titles,
+        categories=dataset.categories,
+        centres=quantizer.codebooks[0],
+        nearest_titles=titles_nearest_to_centres(fitted.assigner, fitted.assigned, codes, dataset.titles),
+        loss_curve=fitted.curve,
+    )
+    write_report(path / REPORT, evidence)
     return summary
 
 
@@ -207,7 +250,9 @@ class TokenizedCatalog:
         return Sequences(sequences.offsets, self.rank_of_item[sequences.items])
 
 
-def _fit(config: TokenizerConfig, inputs: Inputs, popularity: npt.NDArray[np.int64], folder: Path) -> Fitted:
+def _fit(
+    config: TokenizerConfig, inputs: Inputs, popularity: npt.NDArray[np.int64], folder: Path, processes: Processes
+) -> Fitted:
     text = Standardised.of(inputs.vectors)
     if config.method in GIVEN:
         space, codes = _given_sids(config, inputs.dataset)
@@ -223,7 +268,7 @@ def _fit(config: TokenizerConfig, inputs: Inputs, popularity: npt.NDArray[np.int
             bar.advance()
         quantizer = ResidualQuantizer(text.mean, text.scale, codebooks)
         return Fitted(quantizer, quantizer.encode(inputs.vectors), quantizer, inputs.vectors, [])
-    return _fit_learned(config, space, text, inputs, popularity, folder)
+    return _fit_learned(config, space, text, inputs, popularity, folder, processes)
 
 
 def _fit_learned(
@@ -233,12 +278,16 @@ def _fit_learned(
     inputs: Inputs,
     popularity: npt.NDArray[np.int64],
     folder: Path,
+    processes: Processes,
 ) -> Fitted:
     objectives = config.objectives()
     graph = item_graph(inputs.train, len(text), config.graph_window) if objectives.needs_graph else None
-    mixed = None
+    mixed: Vectors | None = None
     if objectives.graph and graph is not None:
-        mixed = propagate(text, graph, alpha=config.graph_alpha, hops=config.graph_hops, path=folder / MIXED_VECTORS)
+        if processes.is_main:
+            propagate(text, graph, alpha=config.graph_alpha, hops=config.graph_hops, path=folder / MIXED_VECTORS)
+        processes.wait_for_all()
+        mixed = np.load(folder / MIXED_VECTORS, mmap_mode="r")
     signals = ItemSignals(
         text=text,
         mixed=mixed,
@@ -246,7 +295,7 @@ def _fit_learned(
         popularity=popularity,
         partners=Partners(graph) if graph is not None and objectives.cointeraction_weight else None,
     )
-    trained = fit(config, objectives, space, signals, folder)
+    trained = fit(config, objectives, space, signals, folder, processes)
     quantizer = ResidualQuantizer(text.mean, text.scale, trained.codebooks, trained.layers)
     if mixed is None:
         return Fitted(quantizer, quantizer.encode(inputs.vectors), quantizer, inputs.vectors, trained.curve)
@@ -274,8 +323,6 @@ def _given_sids(config: TokenizerConfig, dataset: Dataset) -> tuple[SidSpace, Co
     if config.method == "imported":
         if config.sids is None:
             raise StageError("the method imported needs a file of SIDs: set tokenizer.sids=FILE (JSON or Parquet)")
-        from training.tokenizer.sid_files import read_sids
-
         given = read_sids(Path(config.sids), dataset.item_ids, config.codebook_size)
         return given.space, given.codes
     space = SidSpace(config.num_levels, config.codebook_size or default_codebook_size(dataset.num_items))
@@ -286,6 +333,15 @@ def _given_sids(config: TokenizerConfig, dataset: Dataset) -> tuple[SidSpace, Co
     )
     powers = space.codebook_size ** np.arange(space.num_levels)[::-1]
     return space, (keys[:, None] // powers % space.codebook_size).astype(np.uint16)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StageError(
+            f"the file of SIDs {path} cannot be read ({error.strerror}): give tokenizer.sids another"
+        ) from error
 
 
 def _sample(num_items: int, config: TokenizerConfig) -> npt.NDArray[np.int64]:
@@ -303,9 +359,9 @@ def _refuse_collapse(space: SidSpace, codes: Codes, one_of_each: npt.NDArray[np.
     """`StageError` if a level fails to tell items apart that the levels before it left together.
 
     `codes` (N, L) are the nearest ones. The first level is judged on all items, a later one on those whose prefix is
-    not theirs alone, identical listings counted once (`one_of_each`). The measure is the perplexity of their codes, which
-    is how many are in even use: below 2, or below COLLAPSED_SHARE of those they could use, is a collapse. The lowest
-    of LETTER's released SIDs is .28.
+    not theirs alone, identical listings counted once (`one_of_each`). The measure is the perplexity of their codes,
+    which is how many are in even use: below 2, or below COLLAPSED_SHARE of those they could use, is a collapse. The
+    lowest of LETTER's released SIDs is .28.
     """
     together = np.arange(len(codes))
     for level in range(space.num_levels):
