@@ -32,6 +32,7 @@ from training.comparison import Comparison, RowOfRuns, compare
 from training.pipeline import RESOLVED_CONFIG, Pipeline, StageName, load_config
 from training.report import comparison_table
 from training.stage import STAGE_FILE, StageError, console, write_atomically
+from training.tokenizer.methods import ALIGNMENT_WEIGHT
 
 ROOT = Path(__file__).parents[2]
 TABLE_WIDTH = 150
@@ -71,19 +72,20 @@ PROFILES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """The generator of every row, by data set. Patience is the number of epochs: every row trains equally long."""
 
-_RQVAE_CF = {"tokenizer.method": "rqvae", "tokenizer.collaborative_weight": "0.02"}
+_RQVAE_CF = {"tokenizer.method": "rqvae", "tokenizer.collaborative_weight": str(ALIGNMENT_WEIGHT)}
 RELEASED = "letter-released"
 
 ROWS: dict[str, dict[str, str]] = {
+    "rqvae": {"tokenizer.method": "rqvae"},
     "random": {"tokenizer.method": "random"},
     "residual-kmeans": {"tokenizer.method": "residual-kmeans"},
-    "rqvae": {"tokenizer.method": "rqvae"},
     "rqvae+cf": _RQVAE_CF,
     "rqvae+cf-permuted": _RQVAE_CF | {"tokenizer.collaborative_permuted": "true"},
     "rqvae+diversity": {"tokenizer.method": "rqvae", "tokenizer.diversity_weight": "1e-4"},
     "letter": {"tokenizer.method": "letter"},
     "coba": {"tokenizer.method": "coba"},
     "letter-coba": {"tokenizer.method": "letter-coba"},
+    "gr2": {"tokenizer.method": "gr2"},
 }
 """Tokenizer settings by row; `--row` defines others, and `--released` letter-released.
 
