@@ -4,6 +4,7 @@ The launcher, the process group and the gradients' averaging are accelerate's. T
 operations that stages need, so that no stage asks how many processes there are.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from training.stage import is_main_process
 
@@ -54,31 +56,28 @@ class Processes:
         return self._accelerator.device if self._accelerator else torch.device("cpu")
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things, which the number of processes divides."""
-        size = count // self.count
-        return slice(self.index * size, (self.index + 1) * size)
+        """This process's part of `count` things; parts differ by one at most."""
+        return slice(*self._edges(count)[self.index : self.index + 2])
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Model and optimiser whose gradients are the mean over all processes."""
+        """Model and optimiser whose gradients are the *mean* over all processes."""
         if self._accelerator is None:
             return model, optimizer
         return cast("tuple[nn.Module, torch.optim.Optimizer]", self._accelerator.prepare(model, optimizer))
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss."""
-        torch.autograd.backward(loss)
+    def gather(self, share: Tensor, count: int) -> Tensor:
+        """Every process's share of `count` rows, one after the other; no gradient."""
+        if self._accelerator is None:
+            return share
+        return self._joined(list(self._accelerator.gather(self._padded(share, count)[None])), count)
 
-    def gather(self, share: Tensor) -> Tensor:
-        """Every process's share, equally long, one after the other; no gradient."""
-        return share if self._accelerator is None else self._accelerator.gather(share)
-
-    def gather_with_gradient(self, share: Tensor) -> Tensor:
-        """The same, with the gradient back to whoever gave the share."""
+    def gather_with_gradient(self, share: Tensor, count: int) -> Tensor:
+        """The same, with the gradient of every process's loss back to whoever gave the share."""
         if self._accelerator is None:
             return share
         from torch.distributed.nn.functional import all_gather
 
-        return torch.cat(all_gather(share))  # type: ignore[no-untyped-call]
+        return self._joined(list(all_gather(self._padded(share, count))), count)  # type: ignore[no-untyped-call]
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over the processes."""
@@ -97,6 +96,17 @@ class Processes:
         """Return when every process is here."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
+
+    def _edges(self, count: int) -> list[int]:
+        return [process * count // self.count for process in range(self.count + 1)]
+
+    def _padded(self, share: Tensor, count: int) -> Tensor:
+        """The share filled up to the longest one: collectives want equal shapes."""
+        return functional.pad(share, [0, 0] * (share.dim() - 1) + [0, -(-count // self.count) - len(share)])
+
+    def _joined(self, padded: list[Tensor], count: int) -> Tensor:
+        lengths = [stop - start for start, stop in itertools.pairwise(self._edges(count))]
+        return torch.cat([share[:length] for share, length in zip(padded, lengths, strict=True)])
 
 
 @cache

@@ -3,6 +3,7 @@
 Everything here depends on distances and the given order of items alone, never on their ids.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from semantic_ids.codes import Codes
+from semantic_ids.codes import Codes, SidError
 from semantic_ids.quantizer import ResidualQuantizer, Vectors, squared_distances
-from semantic_ids.trie import sid_keys
+from semantic_ids.trie import SidTrie, sid_keys
 from training.tokenizer.methods import Repair
 
+SMALLEST_EPSILON = 0.0015  # exp(1 / 0.0014) is beyond float64
 SINKHORN_ROUNDS = 20  # of the published repair (LETTER's code)
 
 
@@ -25,6 +27,8 @@ def sinkhorn(distances: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     Sinkhorn-Knopp on distances centred and scaled to [-1, 1], as in LETTER's code (ε 0.003, 50 iterations).
     """
+    if epsilon < SMALLEST_EPSILON:
+        raise ValueError(f"Sinkhorn's epsilon {epsilon} is below {SMALLEST_EPSILON}: its exponentials would overflow")
     distances = distances.double()  # exp(1 / 0.003) is beyond float32
     low, high = distances.min(), distances.max()
     middle, reach = (high + low) / 2, ((high - low) / 2).clamp(min=1e-12)
@@ -85,9 +89,9 @@ def balanced_kmeans(
 def make_unique(repair: Repair, quantizer: ResidualQuantizer, vectors: Vectors, codes: Codes, seed: int) -> Codes:
     """Codes (N, L) with as few shared SIDs as the repair leaves; only last codes of crowded prefixes change.
 
-    "hungarian": exact, least total distance, no SID shared unless a prefix holds more than K items. "sinkhorn": the
-    published rounds; what still collides after 20 keeps its shared SID. "random": all but one item of a shared SID
-    get a random free last code (GR2). A prefix that holds more than K items always keeps some shared SIDs.
+    "hungarian": exact, least total distance; what a prefix of more than K items cannot hold goes to the nearest prefix
+    with room, as a new item would. "sinkhorn": the published rounds; what still collides after 20 keeps its shared
+    SID. "random": all but one item of a shared SID get a random free last code, as far as these reach (GR2).
     """
     if repair == "none":
         return codes
@@ -101,7 +105,7 @@ def make_unique(repair: Repair, quantizer: ResidualQuantizer, vectors: Vectors, 
         else:
             distances = last_distances(quantizer, vectors, codes, members)
             repaired[members, -1] = _cheapest_distinct(distances)
-    return repaired
+    return _moved_out_of_full_prefixes(quantizer, vectors, repaired) if repair == "hungarian" else repaired
 
 
 def last_distances(
@@ -129,6 +133,27 @@ def _cheapest_distinct(distances: npt.NDArray[np.float32]) -> npt.NDArray[np.int
     """Distinct codes (n,) at the least total distance (n, K); with n > K every code is taken ⌊n/K⌋ or ⌈n/K⌉ times."""
     num_items, num_codes = distances.shape
     return assign_within_sizes(distances.astype(np.float64), num_items // num_codes, -(-num_items // num_codes))
+
+
+def _moved_out_of_full_prefixes(quantizer: ResidualQuantizer, vectors: Vectors, codes: Codes) -> Codes:
+    """Of the items that still share a SID all but the nearest move on, where anything is free under their L-2 codes."""
+    space = quantizer.space
+    keys = sid_keys(space, codes)
+    _, sid, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    sharing = np.flatnonzero(counts[sid] > 1)
+    if not len(sharing):
+        return codes
+    distances = last_distances(quantizer, vectors, codes, sharing)[np.arange(len(sharing)), codes[sharing, -1]]
+    by_distance = sharing[np.argsort(distances, kind="stable")]
+    _, nearest = np.unique(keys[by_distance], return_index=True)
+    leaving = np.sort(np.delete(by_distance, nearest))
+    moved = codes.copy()
+    _, group = np.unique(codes[leaving, : max(space.num_levels - 2, 0)], axis=0, return_inverse=True)
+    for members in (leaving[group.reshape(-1) == number] for number in range(int(group.max()) + 1)):
+        taken = SidTrie.build(space, np.delete(moved, members, axis=0))
+        with contextlib.suppress(SidError):  # nothing is free there: they go on sharing, and are counted
+            moved[members] = quantizer.assign_new(np.asarray(vectors[members], np.float32), taken)
+    return moved
 
 
 def _random_free(

@@ -35,9 +35,10 @@ def propagate(items: Standardised, graph: sparse.csr_array, *, alpha: float, hop
     """The items' vectors (N, D) mixed along the graph, standardised anew, memory-mapped at `path`.
 
     S²GR: H⁰ = X, Hᵏ = (1-α) Â Hᵏ⁻¹ + α X, result Σ βₖ Hᵏ. Â has self-loops and rows that sum to 1, where the paper
-    normalises by both degrees: so an item's degree leaves no trace in its norm. Averaging shrinks the
-    variance, which is brought back to 1 per dimension over the items with edges; an item without an edge keeps its own
-    vector, exactly as a new item will have it.
+    divides by both degrees, so that isolated items do not shrink and hubs do not grow. (A mean of many unrelated
+    vectors is still shorter than one of few: for random ones by a tenth at most, from the least to the most connected
+    fifth.) Averaging shrinks the variance, which is brought back to 1 per dimension over the items with edges; an
+    item without an edge keeps its own vector, exactly as a new item will have it.
     """
     looped = sparse.csr_array(graph + sparse.eye_array(graph.shape[0], format="csr"))
     normalised = sparse.csr_array(sparse.diags_array(1.0 / looped.sum(axis=1)) @ looped).astype(np.float32)

@@ -39,7 +39,7 @@ class Objectives:
 
 
 ALIGNMENT_WEIGHT = 0.2
-"""α of LETTER, chosen on Scientific's validation split (docs/experiments.md); the paper, with other vectors, has 0.02."""
+"""LETTER's α, chosen on Scientific's validation split (docs/experiments.md); the paper has 0.02, for other vectors."""
 
 _LETTER: dict[str, Any] = {
     "initialisation": "constrained",

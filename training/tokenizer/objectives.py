@@ -1,8 +1,8 @@
 """The tokenizer's loss terms and its one change of distance, as pure functions of tensors.
 
-`B` is this process's share of a batch and `G` the whole batch (the same where there is one process): contrastive terms
-take their negatives from all of `G`, so that the loss does not depend on how a batch is shared out. Every function
-returns the mean over its `B` items.
+`B` is this process's share of a batch and `G` the whole batch (the same where there is one process). Contrastive terms
+take their negatives from all of `G` and are means over the anchors of all of it, so that the sum over the processes
+does not depend on how a batch is shared out. The others are means over their `B` items.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ def contrastive(
     """`-mean log softmax_j(sim(a_i, c_j))[positive_i]` over anchors (B, d) and candidates (G, d).
 
     `positive` (B,) names each anchor's own candidate. `usable` (G,) says which candidates count at all; an anchor
-    whose own does not is left out. With no anchor left the loss is 0. "dot" is the published collaborative alignment
+    whose own does not is left out. The mean is over the usable candidates, each of which is some process's anchor;
+    with none it is 0. "dot" is the published collaborative alignment
     (LETTER, L_CF): raw products and no temperature; "cosine" normalises both sides and divides by the temperature.
     """
     if similarity == "cosine":
@@ -39,7 +40,7 @@ def contrastive(
     counted = usable[positive]
     if not counted.any():
         return anchors.sum() * 0.0
-    return functional.cross_entropy(logits[counted], positive[counted])
+    return functional.cross_entropy(logits[counted], positive[counted], reduction="sum") / usable.sum()
 
 
 @dataclass(frozen=True)

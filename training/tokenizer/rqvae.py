@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from training.tokenizer.stage import TokenizerConfig
 
 CHECKPOINT = "rqvae.ckpt"
+_DIVERGED = 1e4  # times its first value: no training that works has a loss like that
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ class RqVae(nn.Module):
             self.sums.copy_(self.codebooks)
             for level, codes in enumerate(self.codebooks):
                 distances = torch.cdist(codes, codes).fill_diagonal_(torch.inf)
-                self.thresholds[level] = distances.min(dim=1).values.median() / 2
+                nearest = distances.min(dim=1).values
+                if (nearest > 0).any():  # codes start as copies of each other where there are few items
+                    self.thresholds[level] = nearest[nearest > 0].median() / 2
 
     def refresh_clusters(self, num_clusters: int, seed: int) -> None:
         """Cluster every level's codes anew, for the diversity term; sizes within 0.4 and 2.4 of the even share.
@@ -128,13 +131,15 @@ class RqVae(nn.Module):
             self.cluster_labels[level] = torch.from_numpy(labels)
 
     def forward(self, batch: Batch, processes: Processes) -> "Outcome":
-        """The loss terms of a batch, and which residual took which code."""
+        """This process's part of each loss term of a batch, and which residual took which code."""
+        whole = len(batch.is_known)
         latents = self.encoder(batch.inputs)
-        quantised = self.quantise(latents, processes)
+        quantised = self.quantise(latents, processes, whole)
         goals, config = self.objectives, self.config
+        share = len(latents) / whole
         terms = {
-            "reconstruction": nn.functional.mse_loss(self.decoder(quantised.vectors), batch.targets),
-            "quantisation": quantised.loss,
+            "reconstruction": share * nn.functional.mse_loss(self.decoder(quantised.vectors), batch.targets),
+            "quantisation": share * quantised.loss,
         }
         own = torch.arange(batch.whole.start, batch.whole.stop, device=latents.device)
         if batch.collaborative is not None:
@@ -147,23 +152,23 @@ class RqVae(nn.Module):
                 config.collaborative_temperature,
             )
         if batch.partner_inputs is not None:
-            partners = self.quantise(self.encoder(batch.partner_inputs), processes).vectors
-            everyones = processes.gather_with_gradient(partners)
+            partners = self.quantise(self.encoder(batch.partner_inputs), processes, whole).vectors
+            everyones = processes.gather_with_gradient(partners, whole)
             terms["cointeraction"] = goals.cointeraction_weight * contrastive(
                 quantised.vectors, everyones, own, batch.has_partner, "cosine", config.cointeraction_temperature
             )
         if goals.diversity_weight:
-            terms["diversity"] = goals.diversity_weight * self._diversity(quantised.codes, batch.uniform)
+            terms["diversity"] = share * goals.diversity_weight * self._diversity(quantised.codes, batch.uniform)
         if goals.uniformity_weight:
             by_level = [
                 uniformity(self.codebooks[level], float(self.thresholds[level]))
                 for level in range(self.space.num_levels)
             ]
-            terms["uniformity"] = goals.uniformity_weight * torch.stack(by_level).mean()
+            terms["uniformity"] = share * goals.uniformity_weight * torch.stack(by_level).mean()
         return Outcome(terms, quantised.codes, quantised.residuals)
 
-    def quantise(self, latents: Tensor, processes: Processes) -> "Quantised":
-        """Codes level by level. Training balances them; evaluation, like serving, takes the nearest."""
+    def quantise(self, latents: Tensor, processes: Processes, whole: int) -> "Quantised":
+        """Codes level by level, of a share of `whole` latents. Training balances them; serving takes the nearest."""
         goals, config = self.objectives, self.config
         residual, total, codes, residuals, losses = latents, torch.zeros_like(latents), [], [], []
         for level, codebook in enumerate(self.codebooks):
@@ -174,9 +179,9 @@ class RqVae(nn.Module):
                         distances, self.counts[level], goals.load_balance, config.load_balance_bound
                     )
                 if self.training and goals.sinkhorn_last_level and level == self.space.num_levels - 1:
-                    everyones = processes.gather(distances)  # (G, K)
+                    everyones = processes.gather(distances, whole)  # (G, K)
                     taken = sinkhorn(everyones, config.sinkhorn_epsilon, config.sinkhorn_iterations)
-                    taken = taken[processes.share(len(everyones))]
+                    taken = taken[processes.share(whole)]
                 else:
                     taken = distances.argmin(dim=1)
             vectors = codebook[taken]  # (B, d)
@@ -210,17 +215,22 @@ class RqVae(nn.Module):
         if self.objectives.codebook_update == "ema":
             taken_sums = processes.sum(torch.einsum("blk,bld->lkd", taken, residuals))
             self.sums.mul_(decay).add_(taken_sums, alpha=1 - decay)
-            self.codebooks.copy_(self.sums / self.counts.clamp(min=1e-5)[..., None])
+            is_taken = self.counts > 1e-5  # a code that nobody takes stays where it was
+            self.codebooks[is_taken] = self.sums[is_taken] / self.counts[is_taken][:, None]
         return taken_counts
 
     @torch.no_grad()
     def revive(self, is_dead: Tensor, residuals: Tensor, generator: np.random.Generator) -> None:
-        """Put each dead code (L, K) onto the residual of a random item of a batch (G, L, d)."""
-        for level, code in is_dead.nonzero().tolist():
-            vector = residuals[int(generator.integers(len(residuals))), level]
-            self.codebooks[level, code] = vector
-            self.counts[level, code] = 1.0
-            self.sums[level, code] = vector
+        """Put the dead codes (L, K) onto residuals of random items of a batch (G, L, d), each onto another item's.
+
+        More dead codes than items: the rest wait for the next epoch.
+        """
+        for level in range(self.space.num_levels):
+            dead = is_dead[level].nonzero()[:, 0][: len(residuals)]
+            items = torch.from_numpy(generator.permutation(len(residuals))[: len(dead)])
+            self.codebooks[level, dead] = residuals[items, level]
+            self.counts[level, dead] = 1.0
+            self.sums[level, dead] = residuals[items, level]
 
 
 @dataclass(frozen=True)
@@ -237,7 +247,7 @@ class Quantised:
 class Outcome:
     """What a forward pass gives."""
 
-    terms: dict[str, Tensor]  # weighted; their sum is the loss
+    terms: dict[str, Tensor]  # weighted; their sum, over the processes too, is the loss
     codes: Tensor  # (B, L)
     residuals: Tensor  # (B, L, d)
 
@@ -253,12 +263,14 @@ def fit(
     """Train until the validation loss is flat, or `max_epochs`; resumes from the checkpoint in `folder`.
 
     Flat: over the last `convergence_window` epochs the best validation loss fell by less than the share
-    `convergence_threshold`. That loss is reconstruction and quantisation, of items that take no part in training: an
-    item's text is what a new item can share with others; what users did with it is not.
+    `convergence_threshold`. That loss is reconstruction and quantisation, of items that take no part in training:
+    their vectors are what new items can share with others; alignment and the like cannot be learned for them.
     """
     torch.manual_seed(config.seed)
     model = RqVae(config, objectives, space, signals.text.width)
     training, validation = _split(signals, config)
+    if len(training) // -(-len(training) // config.batch_size) < processes.count:
+        raise StageError(f"{len(training)} items do not keep {processes.count} processes busy: launch fewer")
     sample = np.sort(np.random.default_rng((config.seed, 1)).permutation(training)[: config.init_sample])
     with torch.no_grad():
         parts = np.array_split(sample, -(-len(sample) // 8192))
@@ -287,7 +299,7 @@ def fit(
                 model.refresh_clusters(config.diversity_clusters, config.seed)
             curve.append(_train_epoch(wrapped, model, optimizer, signals, training, config, epoch, processes))
             curve[-1]["validation"] = _validation_loss(model, signals, validation)
-            _refuse_non_finite(curve[-1], epoch, config)
+            _refuse_divergence(curve, config)
             if processes.is_main and (epoch + 1) % config.checkpoint_epochs == 0:
                 save_checkpoint(checkpoint, model=model, optimizer=optimizer, step=epoch + 1, extra={"curve": curve})
             bar.advance()
@@ -313,18 +325,18 @@ def _train_epoch(
     wrapped.train()
     terms: dict[str, float] = {}
     taken = torch.zeros_like(model.counts)
-    batches = _batches(rows, config.batch_size, processes.count, generator)
+    batches = np.array_split(generator.permutation(rows), max(1, -(-len(rows) // config.batch_size)))
     for batch_rows in batches:
         batch = _batch(signals, batch_rows, processes.share(len(batch_rows)), model, generator)
         outcome: Outcome = wrapped(batch, processes)
-        loss = torch.stack(list(outcome.terms.values())).sum()
+        loss = processes.count * torch.stack(list(outcome.terms.values())).sum()  # gradients are averaged
         optimizer.zero_grad()
-        processes.backward(loss)
+        torch.autograd.backward(loss)
         optimizer.step()
         taken += model.track(outcome.codes, outcome.residuals, processes)
         for name, term in outcome.terms.items():
-            terms[name] = terms.get(name, 0.0) + float(term.detach()) / len(batches)
-    model.revive(taken == 0, processes.gather(outcome.residuals), generator)
+            terms[name] = terms.get(name, 0.0) + float(processes.sum(term.detach())) / len(batches)
+    model.revive(taken == 0, processes.gather(outcome.residuals, len(batch_rows)), generator)
     return {"train": sum(terms.values()), **terms}
 
 
@@ -336,7 +348,7 @@ def _validation_loss(model: RqVae, signals: ItemSignals, rows: npt.NDArray[np.in
     for start in range(0, len(rows), model.config.batch_size):
         part = rows[start : start + model.config.batch_size]
         targets = signals.inputs(part).to(model.counts.device)
-        quantised = model.quantise(model.encoder(targets), Processes.alone())
+        quantised = model.quantise(model.encoder(targets), Processes.alone(), len(part))
         reconstruction = nn.functional.mse_loss(model.decoder(quantised.vectors), targets)
         total += float(reconstruction + quantised.loss) * len(part)
     return total / len(rows)
@@ -352,14 +364,6 @@ def _split(signals: ItemSignals, config: "TokenizerConfig") -> tuple[npt.NDArray
     order = order[np.argsort(signals.popularity[order], kind="stable")]
     held_out = min(round(config.validation_share * num_items), config.max_validation_items)
     return (order[held_out:], order[:held_out]) if held_out >= 2 else (order, order)
-
-
-def _batches(
-    rows: npt.NDArray[np.int64], batch_size: int, num_processes: int, generator: np.random.Generator
-) -> list[npt.NDArray[np.int64]]:
-    """Shuffled rows in batches of nearly equal size; what the processes cannot share equally is left out."""
-    parts = np.array_split(generator.permutation(rows), max(1, -(-len(rows) // batch_size)))
-    return [part[: len(part) // num_processes * num_processes] for part in parts]
 
 
 def _batch(
@@ -407,11 +411,11 @@ def _is_flat(curve: list[dict[str, float]], config: "TokenizerConfig") -> bool:
     return before - now < config.convergence_threshold * abs(before)
 
 
-def _refuse_non_finite(epoch_losses: dict[str, float], epoch: int, config: "TokenizerConfig") -> None:
-    for name, value in epoch_losses.items():
-        if not math.isfinite(value):
+def _refuse_divergence(curve: list[dict[str, float]], config: "TokenizerConfig") -> None:
+    for name, value in curve[-1].items():
+        if not math.isfinite(value) or abs(value) > _DIVERGED * max(1.0, abs(curve[0][name])):
             raise StageError(
-                f"the tokenizer's {name} loss became {value} in epoch {epoch + 1}: lower tokenizer.learning_rate, "
+                f"the tokenizer's {name} loss became {value:.3g} in epoch {len(curve)}: lower tokenizer.learning_rate, "
                 f"now {config.learning_rate}, or the weight of that term"
             )
 

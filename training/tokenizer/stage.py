@@ -26,7 +26,7 @@ from training.interactions import Dataset
 from training.processes import Processes
 from training.sequences import Sequences
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar
-from training.tokenizer.assignment import last_distances, make_unique
+from training.tokenizer.assignment import SMALLEST_EPSILON, last_distances, make_unique
 from training.tokenizer.cooccurrence import Partners, item_graph, propagate
 from training.tokenizer.kmeans import codebooks_of_codes, residual_codebooks
 from training.tokenizer.methods import (
@@ -83,9 +83,7 @@ class TokenizerConfig(StageConfig):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     max_epochs: PositiveInt = 1000
-    convergence_window: PositiveInt = Field(
-        20, description="epochs of flat validation loss (of held-out items' text) that end training"
-    )
+    convergence_window: PositiveInt = Field(20, description="epochs of flat validation loss that end training")
     convergence_threshold: float = Field(1e-3, ge=0, description="share of the loss below which a fall counts as flat")
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="of the items, held out: the least known ones")
     max_validation_items: int = Field(2048, ge=2)
@@ -93,7 +91,7 @@ class TokenizerConfig(StageConfig):
     init_sample: PositiveInt = Field(65_536, description="most items that k-means reads")
     kmeans_restarts: int = Field(3, ge=1)
     ema_decay: float = Field(0.99, gt=0, lt=1)
-    sinkhorn_epsilon: float = Field(0.003, gt=0)
+    sinkhorn_epsilon: float = Field(0.003, ge=SMALLEST_EPSILON)
     sinkhorn_iterations: PositiveInt = 50
     collaborative_temperature: float = Field(0.1, gt=0, description="of the cosine")
     diversity_clusters: PositiveInt = Field(10, description="clusters of a level's codes")
