@@ -12,7 +12,7 @@ CONFIG ?= demo
 
 export VENV
 
-.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-tokenizers constraints clean
+.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-tokenizers bench-tokenizer-step constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ bench-http: ## HTTP latency, saturation and memory with an engine that answers a
 bench-tokenizers: ## one small generator on the SIDs of every tokenizer (hours; DATA=dir RUN=dir, ARGS=… as in its --help)
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.tokenizers --data $(DATA) --out $(RUN) $(ARGS)
+
+bench-tokenizer-step: ## time and memory of a tokenizer's training step as the catalogue grows (some minutes)
+	@scripts/bootstrap.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.tokenizer_step
 
 constraints: ## resolve every package anew and pin it
 	@scripts/bootstrap.sh dev

@@ -17,7 +17,8 @@ from training.processes import Processes
 from training.sequences import Sequences
 from training.stage import StageError
 from training.tokenizer.cooccurrence import Partners, item_graph, propagate
-from training.tokenizer.rqvae import CHECKPOINT, Batch, FitResult, ItemSignals, RqVae, fit
+from training.tokenizer.objectives import contrastive
+from training.tokenizer.rqvae import CHECKPOINT, Batch, FitResult, ItemSignals, RqVae, _batch, _is_flat, fit
 from training.tokenizer.stage import TokenizerConfig
 from training.tokenizer.standardised import Standardised
 
@@ -519,3 +520,41 @@ def test_the_exported_quantiser_gives_the_codes_that_the_model_gives(tmp_path, m
     quantizer = encoder_of(result, signals)
     assert quantizer.latents(rows) == pytest.approx(latents.numpy(), abs=1e-5)
     assert (quantizer.encode(rows) == codes.numpy()).all()
+
+
+def test_flat_is_judged_by_the_best_loss_of_the_window_and_not_by_the_last():
+    """Window 2: the best before is 1.0. A window that dipped to 0.5 has improved, wherever it ends."""
+    config = config_of(convergence_window=2, convergence_threshold=0.01)
+
+    def curve(*losses: float) -> list[dict[str, float]]:
+        return [{"validation": loss} for loss in losses]
+
+    assert not _is_flat(curve(1.0, 0.9), config)
+    assert not _is_flat(curve(1.0, 0.5, 1.2), config)
+    assert _is_flat(curve(1.0, 0.995, 1.2), config)
+    assert _is_flat(curve(1.0, 0.5, 0.6, 0.7), config)
+
+
+def test_every_epoch_shuffles_anew(tmp_path):
+    """Nothing is learned, so two epochs over the same batches would have the same loss to the bit."""
+    first, second = train(tmp_path / "run", learning_rate=1e-12, weight_decay=0.0, max_epochs=2).curve
+    assert first["reconstruction"] == pytest.approx(second["reconstruction"], rel=0.05)
+    assert first["reconstruction"] != second["reconstruction"]
+
+
+def test_cointeraction_draws_neighbours_and_compares_directions():
+    """The term is InfoNCE of cosines between each item's sum of codes and that of the neighbour drawn for it."""
+    model, signals = model_of(method="gr2", cointeraction_weight=1.0), signals_of()
+    rows = np.arange(40)
+    batch = _batch(signals, rows, slice(0, 40), model, np.random.default_rng(5))
+    assert batch.partner_inputs is not None
+    assert signals.partners is not None
+    own = signals.inputs(rows)
+    is_other = (batch.partner_inputs != own).any(dim=1)
+    assert torch.equal(is_other, batch.has_partner), "everybody with a neighbour gets one, nobody else does"
+    assert batch.has_partner.float().mean() > 0.9
+    model.eval()
+    outcome = model(batch, ALONE)
+    anchors, partners = (model.quantise(model.encoder(part), ALONE, 40).vectors for part in (own, batch.partner_inputs))
+    expected = contrastive(anchors, partners, torch.arange(40), batch.has_partner, "cosine", 0.1)
+    assert outcome.terms["cointeraction"].item() == pytest.approx(expected.item(), rel=1e-5)
