@@ -29,7 +29,8 @@ from training.sequences import Sequences
 from training.sft import SftConfig
 from training.stage import StageConfig, StageError, StageFolder, Summary, write_atomically
 from training.tokenizer import stage as tokenizer
-from training.tokenizer.stage import TokenizedCatalog, TokenizerConfig
+from training.tokenizer.config import TokenizerConfig
+from training.tokenizer.stage import TokenizedCatalog
 
 StageName = Literal["data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish"]
 STAGES: tuple[StageName, ...] = ("data", "vectors", "collaborative", "tokenizer", "sft", "evaluate", "publish")

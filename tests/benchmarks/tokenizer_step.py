@@ -1,7 +1,7 @@
 """What a training step of LETTER costs as the catalogue grows: `make bench-tokenizer-step` (0.4 GB in /tmp, minutes).
 
-The time of a step is that of two epochs less that of one, over an epoch's steps. Memory is what a process of its own for
-each size holds at its highest beyond what it held before; pages of the mapped vectors count as far as they stay.
+The time of a step is that of two epochs less that of one, over an epoch's steps. Memory is what a process of its own
+for each size holds at its highest beyond what it held before; pages of the mapped vectors count as far as they stay.
 """
 
 import resource
@@ -19,8 +19,8 @@ from semantic_ids.quantizer import Vectors
 from tests.benchmarks.encode import VECTOR_DIM, map_vectors
 from tests.benchmarks.report import report
 from training.processes import Processes
+from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.rqvae import ItemSignals, fit
-from training.tokenizer.stage import TokenizerConfig
 from training.tokenizer.standardised import Standardised
 
 SIZES = (16_384, 262_144)

@@ -10,7 +10,6 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.processes import Processes
 from training.stage import StageError, progress_bar
 from training.tokenizer.assignment import balanced_kmeans, sinkhorn
+from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.cooccurrence import Partners
 from training.tokenizer.kmeans import residual_codebooks
 from training.tokenizer.methods import Objectives
@@ -35,9 +35,6 @@ from training.tokenizer.objectives import (
     uniformity,
 )
 from training.tokenizer.standardised import Standardised
-
-if TYPE_CHECKING:
-    from training.tokenizer.stage import TokenizerConfig
 
 CHECKPOINT = "rqvae.ckpt"
 _DIVERGED = 1e4  # times its first value: no training that works has a loss like that
@@ -91,7 +88,7 @@ class RqVae(nn.Module):
     thresholds: Tensor  # (L,) δ of the uniformity term
     cluster_labels: Tensor  # (L, K) of the diversity term
 
-    def __init__(self, config: "TokenizerConfig", objectives: Objectives, space: SidSpace, width: int) -> None:
+    def __init__(self, config: TokenizerConfig, objectives: Objectives, space: SidSpace, width: int) -> None:
         super().__init__()
         self.config, self.objectives, self.space = config, objectives, space
         widths = [width, *config.hidden_widths, config.latent_width]
@@ -253,7 +250,7 @@ class Outcome:
 
 
 def fit(
-    config: "TokenizerConfig",
+    config: TokenizerConfig,
     objectives: Objectives,
     space: SidSpace,
     signals: ItemSignals,
@@ -316,7 +313,7 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     signals: ItemSignals,
     rows: npt.NDArray[np.int64],
-    config: "TokenizerConfig",
+    config: TokenizerConfig,
     epoch: int,
     processes: Processes,
 ) -> dict[str, float]:
@@ -354,7 +351,7 @@ def _validation_loss(model: RqVae, signals: ItemSignals, rows: npt.NDArray[np.in
     return total / len(rows)
 
 
-def _split(signals: ItemSignals, config: "TokenizerConfig") -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _split(signals: ItemSignals, config: TokenizerConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Training and validation rows: held out are the items with the fewest interactions, which are most like new ones.
 
     With very few items both are all of them.
@@ -403,7 +400,7 @@ def _batch(
     )
 
 
-def _is_flat(curve: list[dict[str, float]], config: "TokenizerConfig") -> bool:
+def _is_flat(curve: list[dict[str, float]], config: TokenizerConfig) -> bool:
     if len(curve) <= config.convergence_window:
         return False
     losses = [epoch["validation"] for epoch in curve]
@@ -411,7 +408,7 @@ def _is_flat(curve: list[dict[str, float]], config: "TokenizerConfig") -> bool:
     return before - now < config.convergence_threshold * abs(before)
 
 
-def _refuse_divergence(curve: list[dict[str, float]], config: "TokenizerConfig") -> None:
+def _refuse_divergence(curve: list[dict[str, float]], config: TokenizerConfig) -> None:
     for name, value in curve[-1].items():
         if not math.isfinite(value) or abs(value) > _DIVERGED * max(1.0, abs(curve[0][name])):
             raise StageError(

@@ -11,8 +11,9 @@ import pytest
 from training.interactions import Dataset
 from training.sequences import Sequences
 from training.stage import StageFolder
+from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.methods import METHODS, Method, Objectives, objectives_of
-from training.tokenizer.stage import Inputs, TokenizedCatalog, TokenizerConfig, run
+from training.tokenizer.stage import Inputs, TokenizedCatalog, run
 
 LETTER = {"initialisation": "constrained", "collaborative_weight": 0.2, "diversity_weight": 1e-4}
 COBA = {"sinkhorn_last_level": False, "graph": True, "uniformity_weight": 0.01, "load_balance": 0.1}

@@ -16,10 +16,10 @@ from training.checkpoint import save_checkpoint
 from training.processes import Processes
 from training.sequences import Sequences
 from training.stage import StageError
+from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.cooccurrence import Partners, item_graph, propagate
 from training.tokenizer.objectives import contrastive
 from training.tokenizer.rqvae import CHECKPOINT, Batch, FitResult, ItemSignals, RqVae, _batch, _is_flat, fit
-from training.tokenizer.stage import TokenizerConfig
 from training.tokenizer.standardised import Standardised
 
 Vectors = npt.NDArray[np.float32]

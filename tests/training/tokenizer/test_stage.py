@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semantic_ids.codes import Codes, SidSpace
+from semantic_ids.codes import Codes
 from training.interactions import Dataset
 from training.sequences import Sequences
 from training.stage import StageError, StageFolder
+from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.stage import (
     Inputs,
     TokenizedCatalog,
-    TokenizerConfig,
     TokenizerSummary,
-    _refuse_collapse,
     default_codebook_size,
     run,
 )
@@ -187,34 +186,6 @@ def test_sequences_are_read_in_catalogue_ranks(tmp_path):
 @pytest.mark.parametrize(("num_items", "size"), [(3, 8), (48, 8), (1682, 64), (12_101, 128), (1_000_000, 256)])
 def test_the_default_codebook_grows_with_the_catalogue(num_items, size):
     assert default_codebook_size(num_items) == size
-
-
-def refuse_collapse(codes: object) -> None:
-    array = np.array(codes, np.uint16)
-    _refuse_collapse(SidSpace(array.shape[1], 16), array, np.arange(len(array)))
-
-
-def test_a_later_level_that_tells_nothing_apart_is_a_collapse():
-    """40 items on 4 first codes; the second level has one code for all of them, the third tells them apart."""
-    with pytest.raises(StageError, match=r"level 1 collapsed: 1 of 16 codes used for 40 items .* 1\.0 in even use"):
-        refuse_collapse([[item % 4, 7, item // 4] for item in range(40)])
-
-
-def test_one_code_with_nearly_all_items_is_a_collapse_though_others_are_used():
-    """97 of 100 items on one code, 3 on others: exp(H) = 1.18 codes in even use."""
-    codes = [[max(0, item - 96), item % 16, item // 16] for item in range(100)]
-    with pytest.raises(StageError, match=r"level 0 collapsed: 4 of 16 codes used .* 1\.2 in even use"):
-        refuse_collapse(codes)
-
-
-def test_a_level_with_nothing_left_to_tell_apart_may_have_one_code():
-    refuse_collapse([[item % 16, item // 16, 0] for item in range(200)])
-
-
-def test_identical_listings_do_not_count_as_a_collapse_of_later_levels():
-    """Sixteen listings, each twenty times: the first level has told apart what can be."""
-    codes = np.repeat([[item, 0, 0] for item in range(16)], 20, axis=0).astype(np.uint16)
-    _refuse_collapse(SidSpace(3, 16), codes, np.arange(0, 320, 20))
 
 
 def test_nothing_is_written_when_a_codebook_collapsed(tmp_path):
