@@ -208,16 +208,11 @@ def _qualified(stage: str, overrides: list[str] | None) -> list[str]:
 def _run(
     until: "StageName", data: Path, out: Path, overrides: list[str], config: str | None, skip_bad_rows: bool
 ) -> dict["StageName", Summary]:
-    from training.pipeline import RESOLVED_CONFIG, Pipeline, load_config
+    from training.pipeline import RESOLVED_CONFIG, Pipeline, load_config, parse_overrides
 
     if config is None:
         config = str(out / RESOLVED_CONFIG) if (out / RESOLVED_CONFIG).exists() else "default"
-    settings: dict[str, str] = {}
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise StageError(f"{text!r} is not KEY=VALUE, such as sft.max_epochs=5")
-        settings[key] = value
+    settings = parse_overrides(overrides)
     if skip_bad_rows:
         settings["data.skip_bad_rows"] = "true"
     return Pipeline(load_config(config, settings), data, out).run(until)

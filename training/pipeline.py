@@ -86,6 +86,17 @@ def load_config(name: str, overrides: dict[str, str]) -> PipelineConfig:
         raise StageError(f"configuration {name!r}: {problems}") from error
 
 
+def parse_overrides(texts: list[str]) -> dict[str, str]:
+    """`section.key=value` texts, as the command line has them, for `load_config`."""
+    overrides: dict[str, str] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise StageError(f"{text!r} is not KEY=VALUE, such as sft.max_epochs=5")
+        overrides[key] = value
+    return overrides
+
+
 class Pipeline:
     """The stages of one run folder; `run(until)` brings it up to a stage."""
 

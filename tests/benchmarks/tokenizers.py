@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.comparison import Comparison, RowOfRuns, compare
-from training.pipeline import RESOLVED_CONFIG, Pipeline, StageName, load_config
+from training.pipeline import RESOLVED_CONFIG, Pipeline, StageName, load_config, parse_overrides
 from training.report import comparison_table
 from training.stage import STAGE_FILE, StageError, console, write_atomically
 from training.tokenizer.methods import ALIGNMENT_WEIGHT
@@ -147,7 +147,7 @@ class Matrix:
         """The runs that the command line asks for."""
         out: Path = arguments.out
         rows = _rows(arguments)
-        common = PROFILES[arguments.profile] | _settings(arguments.overrides)
+        common = PROFILES[arguments.profile] | parse_overrides(arguments.overrides)
         runs = [
             Run(row, seed, out / row / str(seed), common | own | {"tokenizer.seed": str(seed), "sft.seed": str(seed)})
             for seed in dict.fromkeys(arguments.seeds)
@@ -341,22 +341,12 @@ def _rows(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
         known[RELEASED] = {"tokenizer.method": "imported", "tokenizer.sids": str(arguments.released.resolve())}
     for text in arguments.row:
         name, *settings = text.split()
-        known[name] = _settings(settings)
+        known[name] = parse_overrides(settings)
     asked: list[str] = arguments.rows or list(known)
     if unknown := [row for row in asked if row not in known]:
         hint = f" ({RELEASED} needs --released FILE)" if RELEASED in unknown else ""
         raise StageError(f"no row {', '.join(unknown)}{hint}: name some of {', '.join(known)}, or define it by --row")
     return {row: known[row] for row in asked}
-
-
-def _settings(texts: list[str]) -> dict[str, str]:
-    settings: dict[str, str] = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise StageError(f"{text!r} is not KEY=VALUE, such as tokenizer.kmeans_restarts=1")
-        settings[key] = value
-    return settings
 
 
 def _parser() -> argparse.ArgumentParser:

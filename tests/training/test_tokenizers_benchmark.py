@@ -60,7 +60,7 @@ def test_rows_share_their_base_a_failing_one_is_told_and_a_second_call_does_noth
     ("arguments", "message"),
     [
         (["--rows", "letter-released"], "no row letter-released (letter-released needs --released FILE): name some of"),
-        (["--rows", "random,nonsense"], "no row nonsense: name some of random, residual-kmeans"),
+        (["--rows", "random,nonsense"], "no row nonsense: name some of rqvae, random, residual-kmeans"),
         (["sft.max_epochs"], "'sft.max_epochs' is not KEY=VALUE"),
         (["--base", "nowhere"], "--base nowhere has no finished data, vectors, collaborative: wait for it"),
     ],

@@ -34,7 +34,6 @@ from training.tokenizer.quality import (
     refuse_collapse,
     unique_share,
 )
-from training.tokenizer.report import Evidence, titles_nearest_to_centres, write_report
 from training.tokenizer.rqvae import CHECKPOINT, ItemSignals, fit
 from training.tokenizer.sid_files import read_sids
 from training.tokenizer.standardised import Standardised
@@ -136,6 +135,8 @@ def _tokenize(
         has_converged=fitted.has_converged,
         seconds=time.monotonic() - start,
     )
+    from training.tokenizer.report import Evidence, titles_nearest_to_centres, write_report  # Plotly: only when needed
+
     evidence = Evidence(
         summary=summary.model_dump(),
         space=space,
