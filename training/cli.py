@@ -82,28 +82,33 @@ def _add_stage(name: "StageName") -> None:
         _print_summary(name, summary, as_json)
 
 
+def _add_tokenizer() -> None:
+    """Like the other stages' commands, with `--method`."""
+
+    @app.command("tokenizer", help=STAGE_HELP["tokenizer"], epilog=_EPILOG.format("tokenizer"))
+    def command(
+        data: DataOption,
+        out: OutOption,
+        overrides: Overrides = None,
+        method: Annotated[
+            Method | None, typer.Option("--method", help="The same as method=…", show_default="residual-kmeans")
+        ] = None,
+        config: ConfigOption = None,
+        skip_bad_rows: SkipOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        qualified = _qualified("tokenizer", overrides) + ([f"tokenizer.method={method}"] if method else [])
+        summary = _run("tokenizer", data, out, qualified, config, skip_bad_rows)["tokenizer"]
+        _print_summary("tokenizer", summary, as_json)
+        if not as_json and is_main_process():
+            console.print(f"What the SIDs are like: {out / 'tokenizer' / 'report.html'}", soft_wrap=True)
+
+
 for _name in STAGE_HELP:
-    if _name != "tokenizer":
+    if _name == "tokenizer":
+        _add_tokenizer()
+    else:
         _add_stage(_name)
-
-
-@app.command("tokenizer", help=STAGE_HELP["tokenizer"], epilog=_EPILOG.format("tokenizer"))
-def tokenizer(
-    data: DataOption,
-    out: OutOption,
-    overrides: Overrides = None,
-    method: Annotated[
-        Method | None, typer.Option("--method", help="How: the same as method=…", show_default="residual-kmeans")
-    ] = None,
-    config: ConfigOption = None,
-    skip_bad_rows: SkipOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    qualified = _qualified("tokenizer", overrides) + ([f"tokenizer.method={method}"] if method else [])
-    summary = _run("tokenizer", data, out, qualified, config, skip_bad_rows)["tokenizer"]
-    _print_summary("tokenizer", summary, as_json)
-    if not as_json and is_main_process():
-        console.print(f"What the SIDs are like: {out / 'tokenizer' / 'report.html'}", soft_wrap=True)
 
 
 @app.command("export-sids")
