@@ -91,7 +91,7 @@ def _add_tokenizer() -> None:
         out: OutOption,
         overrides: Overrides = None,
         method: Annotated[
-            Method | None, typer.Option("--method", help="The same as method=…", show_default="residual-kmeans")
+            Method | None, typer.Option("--method", help="The same as method=…", show_default="gr2")
         ] = None,
         config: ConfigOption = None,
         skip_bad_rows: SkipOption = False,

@@ -35,6 +35,7 @@ SMALL = (
     "collaborative.max_epochs=2",
     "collaborative.embedding_width=16",
     "collaborative.num_layers=1",
+    "tokenizer.method=residual-kmeans",
     "tokenizer.threads=1",
     "sft.threads=1",
     "sft.hidden_size=32",

@@ -24,7 +24,7 @@ BY_METHOD = "; absent: as the method has it"
 class TokenizerConfig(StageConfig):
     """How SIDs are made: a method, and what to change in it."""
 
-    method: Method = Field("residual-kmeans", description="a row of the switches below")
+    method: Method = Field("gr2", description="a row of the switches below; see docs/tokenizers.md")
     num_levels: int = Field(3, ge=1, le=8, description="codes in a SID (L)")
     codebook_size: int | None = Field(
         None, ge=2, le=65_536, description="codes per level (K); by catalogue size if absent"

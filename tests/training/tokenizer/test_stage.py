@@ -50,7 +50,7 @@ def clustered(num_items: int, num_clusters: int = 5, seed: int = 0) -> Vectors:
 def tokenize(
     path: Path, vectors: Vectors, *, dataset: Dataset | None = None, train: Sequences | None = None, **settings: object
 ) -> tuple[TokenizerSummary, TokenizedCatalog]:
-    config = TokenizerConfig.model_validate({"threads": 1, **settings})
+    config = TokenizerConfig.model_validate({"method": "residual-kmeans", "threads": 1, **settings})
     dataset = dataset or dataset_of(len(vectors))
     folder = StageFolder(path, config, {})
     train = Sequences.of([[0, 1]]) if train is None else train
