@@ -89,9 +89,9 @@ def balanced_kmeans(
 def make_unique(repair: Repair, quantizer: ResidualQuantizer, vectors: Vectors, codes: Codes, seed: int) -> Codes:
     """Codes (N, L) with as few shared SIDs as the repair leaves; only last codes of crowded prefixes change.
 
-    "hungarian": exact, least total distance; what a prefix of more than K items cannot hold goes to the nearest prefix
-    with room, as a new item would. "sinkhorn": the published rounds; what still collides after 20 keeps its shared
-    SID. "random": all but one item of a shared SID get a random free last code, as far as these reach (GR2).
+    "hungarian": exact, least total distance. "random": all but one item of a shared SID get a random free last code
+    (GR2). With both, what a prefix of more than K items cannot hold goes to the nearest prefix with room, as a new item
+    would. "sinkhorn": LETTER's published rounds; what still collides after 20 keeps its shared SID.
     """
     if repair == "none":
         return codes
@@ -105,7 +105,7 @@ def make_unique(repair: Repair, quantizer: ResidualQuantizer, vectors: Vectors, 
         else:
             distances = last_distances(quantizer, vectors, codes, members)
             repaired[members, -1] = _cheapest_distinct(distances)
-    return _moved_out_of_full_prefixes(quantizer, vectors, repaired) if repair == "hungarian" else repaired
+    return _moved_out_of_full_prefixes(quantizer, vectors, repaired)
 
 
 def last_distances(

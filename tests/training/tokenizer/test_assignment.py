@@ -384,7 +384,8 @@ def test_last_distances_by_hand():
     assert distances.tolist() == [pytest.approx([4.0, 1.0, 64.0])]
 
 
-def test_what_a_full_prefix_cannot_hold_goes_to_the_nearest_prefix_with_room():
+@pytest.mark.parametrize("repair", ["hungarian", "random"])
+def test_what_a_full_prefix_cannot_hold_goes_to_the_nearest_prefix_with_room(repair: Repair):
     """Prefixes at 0, 10 and 100, each with 3 last codes. Six items want the prefix at 0, which holds three of them.
 
     The other three go to the prefix at 10, not to the one at 100, whose own item stays where it was.
@@ -394,7 +395,7 @@ def test_what_a_full_prefix_cannot_hold_goes_to_the_nearest_prefix_with_room():
     vectors = np.array([[0.0], [0.1], [0.9], [1.2], [2.0], [2.1], [100.0]], np.float32)
     nearest = quantizer.encode(vectors)
     assert nearest[:, 0].tolist() == [0, 0, 0, 0, 0, 0, 2]
-    unique = make_unique("hungarian", quantizer, vectors, nearest, seed=0)
+    unique = make_unique(repair, quantizer, vectors, nearest, seed=0)
     assert len(np.unique(unique, axis=0)) == len(vectors)
     assert sorted(unique[:, 0].tolist()) == [0, 0, 0, 1, 1, 1, 2]
     assert unique[6].tolist() == nearest[6].tolist()
