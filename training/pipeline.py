@@ -105,6 +105,7 @@ class Pipeline:
         self._data_dir = data_dir
         self._out = out
         self._fingerprints: dict[StageName, str] = {}
+        self._summaries: dict[StageName, Summary] = {}
 
     def run(self, until: StageName = "publish") -> dict[StageName, Summary]:
         """Run what is missing, up to and with `until` and only what it needs; the summaries, old or new."""
@@ -115,7 +116,10 @@ class Pipeline:
         resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self._out / RESOLVED_CONFIG, resolved.encode())
         needed = self._with_upstream(until)
-        return {name: self._run_stage(name) for name in STAGES if name in needed}
+        for name in STAGES:
+            if name in needed:
+                self._summaries[name] = self._run_stage(name)
+        return {name: self._summaries[name] for name in STAGES if name in needed}
 
     def _run_stage(self, name: StageName) -> Summary:
         stage, processes = _STAGES[name], Processes.launched()
@@ -207,7 +211,7 @@ class Pipeline:
     def make_publish(self, folder: StageFolder) -> Summary:
         """The bundle."""
         _, text_encoder = item_vectors.load_vectors(self._out / "vectors")
-        evaluated = self._run_stage("evaluate").model_dump(by_alias=True)
+        evaluated = self._summaries["evaluate"].model_dump(by_alias=True)
         parts = BundleParts(
             catalog=self._tokenized.catalog,
             quantizer=self._tokenized.quantizer,

@@ -210,7 +210,7 @@ def _fit(
 def _fit_learned(
     config: TokenizerConfig,
     space: SidSpace,
-    text: "Standardised",
+    text: Standardised,
     inputs: Inputs,
     popularity: npt.NDArray[np.int64],
     folder: Path,
