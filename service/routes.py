@@ -161,8 +161,8 @@ async def live() -> HealthResponse:
 async def ready(state: StateDep) -> HealthResponse:
     """A bundle is loaded, the engine has decoded a canary SID, and Redis answers."""
     missing = []
-    if not state.engine.is_ready:
-        missing.append("the engine is not ready")
+    if state.engine.problem is not None:
+        missing.append(state.engine.problem)
     try:
         async with asyncio.timeout(2.0):
             await state.redis.ping()
@@ -176,7 +176,7 @@ async def ready(state: StateDep) -> HealthResponse:
 @operations.get("/metrics", response_class=PlainTextResponse)
 async def metrics(state: StateDep) -> PlainTextResponse:
     """Prometheus' text format."""
-    state.metrics.engine_ready.set(state.engine.is_ready)
+    state.metrics.engine_ready.set(state.engine.problem is None)
     state.metrics.engine_waiting.set(state.engine.num_waiting)
     return PlainTextResponse(state.metrics.exposition(), media_type=CONTENT_TYPE)
 

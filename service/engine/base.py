@@ -5,12 +5,15 @@ sequence of thinking (free text up to a close), forced tokens, and codes. So rea
 other programs, not other protocols. This module imports no torch.
 """
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from semantic_ids.bundle import Bundle
+from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace, TokenIds
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import Ranks
@@ -30,10 +33,15 @@ class UnsupportedProgramError(EngineError):
 
 @dataclass(frozen=True)
 class Think:
-    """Free text until the close of thinking, at most so long; a thought that is cut off is closed for the model."""
+    """Free text until the close of thinking, at most so long; a thought that is cut off is closed for the model.
+
+    `close` (`prompt.ThinkingFormat.close`) stands between every thought and what follows it; its first token is the one
+    by which the model itself ends a thought.
+    """
 
     max_tokens: int
     max_seconds: float
+    close: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,41 @@ class Code:
 
 StepProgram = tuple[Think | Forced | Code, ...]
 
+ThoughtListener: TypeAlias = Callable[[Sequence[int]], None]
+"""Called on the event loop with the new token ids of a thought, as they come."""
+
 
 def sid_program(space: SidSpace) -> StepProgram:
     """The plain program: the L codes, one after the other."""
     return tuple(Code(level) for level in range(space.num_levels))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step program as engines run it: perhaps a thought, then the codes with what is forced before each."""
+
+    think: Think | None
+    forced: tuple[tuple[int, ...], ...]  # L entries
+
+
+def plan(program: StepProgram, num_levels: int) -> Plan:
+    """Check a program; `UnsupportedProgramError` unless it is at most one thought and then the L codes in order."""
+    think = program[0] if program and isinstance(program[0], Think) else None
+    forced: list[tuple[int, ...]] = []
+    pending: tuple[int, ...] = ()
+    for step in program[1:] if think else program:
+        if isinstance(step, Forced):
+            pending += step.token_ids
+        elif isinstance(step, Code) and step.level == len(forced):
+            forced.append(pending)
+            pending = ()
+        else:
+            raise UnsupportedProgramError(f"no engine can run {step} after {len(forced)} codes")
+    if len(forced) != num_levels or pending:
+        raise UnsupportedProgramError(
+            f"a program ends with the code of level {num_levels - 1}; this one has {len(forced)} codes"
+        )
+    return Plan(think, tuple(forced))
 
 
 @dataclass(frozen=True)
@@ -75,8 +114,9 @@ class DecodeResult:
 
     ranks: Ranks  # (n,)
     scores: npt.NDArray[np.float32]  # (n,)
-    thought: TokenIds = field(default_factory=lambda: np.empty(0, np.int64))
+    thought: tuple[int, ...] = ()  # without the close
     queue_s: float = 0.0
+    think_s: float = 0.0
     decode_s: float = 0.0
 
 
@@ -89,8 +129,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def is_ready(self) -> bool:
-        """Whether it has decoded its canary and can take requests."""
+    def problem(self) -> str | None:
+        """Why it takes no requests; None once it has decoded its canary, for as long as it can decode."""
         ...
 
     @property
@@ -102,10 +142,31 @@ class Engine(Protocol):
         """Load, warm up, decode a canary SID; `EngineError` if that fails."""
         ...
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
-        """Decode one request. Cancelling it gives its place up."""
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
+        """Decode one request; `on_thought` hears its thought as it is written. Cancelling it gives its place up."""
         ...
 
     async def stop(self) -> None:
         """Finish what is being decoded, refuse the rest, free everything."""
         ...
+
+
+def check_request(request: DecodeRequest, catalog: Catalog) -> None:
+    """Refuse alone what would fail a whole batch."""
+    if request.catalog_epoch != catalog.epoch:
+        raise EngineError(f"request for catalogue epoch {request.catalog_epoch}, the engine has {catalog.epoch}")
+    if request.item_filter.num_eligible == 0:
+        raise EngineError("a filter that leaves no item reached the engine")
+    if not len(request.prompt) or request.width < 1:
+        raise EngineError(f"a prompt of {len(request.prompt)} tokens and a width of {request.width} cannot be decoded")
+
+
+async def canary(engine: Engine, bundle: Bundle) -> None:
+    """Decode one request for the likeliest item; `EngineError` unless a finite score comes back."""
+    catalog = bundle.catalog
+    prompt = bundle.renderer.render([]).token_ids
+    answer = await engine.decode(
+        DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, sid_program(catalog.space), catalog.epoch)
+    )
+    if len(answer.ranks) == 0 or not np.isfinite(answer.scores).all():
+        raise EngineError(f"bundle {bundle.bundle_id}: the canary request was answered with {answer}")

@@ -1,36 +1,29 @@
-"""The local engine: torch in this process, for laptops, tests and small models. One thread decodes, in batches.
-
-    decode() → queue → batch of whatever waits (at most `max_batch`) → worker thread: prefill, beam → futures
-
-While a batch runs the next one gathers, so a lone request waits for nothing and a crowd shares the work.
-"""
+"""The local engine: torch in this process, for laptops, tests and small models. One thread decodes, in batches."""
 
 import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import structlog
 import torch
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.beam import BeamWork, constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
-from semantic_ids.filters import ItemFilter
 from service.engine.base import (
-    Code,
     DecodeRequest,
     DecodeResult,
-    EngineError,
     EngineUnavailableError,
-    Forced,
-    StepProgram,
+    ThoughtListener,
     UnsupportedProgramError,
-    sid_program,
+    canary,
+    check_request,
+    plan,
 )
+from service.engine.batching import Batcher
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -46,15 +39,8 @@ class LocalEngineConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-@dataclass(eq=False)
-class _Job:
-    request: DecodeRequest
-    future: asyncio.Future[DecodeResult]
-    queued_at: float
-
-
 class LocalEngine:
-    """A dynamic batcher round `semantic_ids.decoding`, bound to one bundle."""
+    """A batcher round `semantic_ids.decoding`, bound to one bundle."""
 
     name = "local"
 
@@ -62,106 +48,55 @@ class LocalEngine:
         self._bundle = bundle
         self._config = config
         self._metrics = metrics
-        self._waiting: list[_Job] = []
-        self._wake = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._decoder: TreeDecoder | None = None
-        self._loop_task: asyncio.Task[None] | None = None
-        self._is_ready = False
+        self._batcher: Batcher[DecodeRequest, DecodeResult] = Batcher(
+            "local engine",
+            self._run,
+            max_batch=config.max_batch,
+            group=lambda request: request.program,
+            on_batch=metrics.engine_batch_size.observe,
+        )
+        self._has_answered_canary = False
 
     @property
-    def is_ready(self) -> bool:
-        """Whether the canary was decoded and the batcher runs."""
-        return self._is_ready and self._loop_task is not None and not self._loop_task.done()
+    def problem(self) -> str | None:
+        """None once the canary was decoded, while the batcher runs."""
+        if not self._has_answered_canary:
+            return "the local engine is starting"
+        return None if self._batcher.is_running else "the local engine has stopped"
 
     @property
     def num_waiting(self) -> int:
         """Requests not yet in a batch."""
-        return len(self._waiting)
+        return self._batcher.num_waiting
 
     async def start(self) -> None:
         """Load the checkpoint and decode a canary in the worker thread."""
-        loop = asyncio.get_running_loop()
-        self._decoder = await loop.run_in_executor(self._executor, self._load)
-        self._loop_task = asyncio.create_task(self._run(), name="local-engine")
-        self._loop_task.add_done_callback(lambda _task: self._refuse_waiting("the local engine has stopped"))
-        space = self._bundle.manifest.space
-        everything = ItemFilter.of(len(self._bundle.catalog))
-        prompt = self._bundle.renderer.render([]).token_ids
-        canary = DecodeRequest(prompt, everything, 1, sid_program(space), self._bundle.catalog.epoch)
-        answer = await self.decode(canary)
-        if len(answer.ranks) == 0 or not np.isfinite(answer.scores).all():
-            raise EngineError(f"bundle {self._bundle.bundle_id}: the canary request was answered with {answer}")
-        self._is_ready = True
+        self._decoder = await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
+        self._batcher.start()
+        await canary(self, self._bundle)
+        self._has_answered_canary = True
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Queue one request and wait for its batch."""
-        if self._loop_task is None or self._loop_task.done():
-            raise EngineUnavailableError("the local engine is not running")
-        self._check(request)
-        job = _Job(request, asyncio.get_running_loop().create_future(), time.monotonic())
-        self._waiting.append(job)
-        self._wake.set()
-        try:
-            return await job.future
-        finally:
-            if job in self._waiting:  # the caller gave up before its batch began
-                self._waiting.remove(job)
+        check_request(request, self._bundle.catalog)
+        if plan(request.program, self._bundle.catalog.space.num_levels).think is not None:
+            raise UnsupportedProgramError("the local engine does not think")
+        batched = await self._batcher.submit(request)
+        return replace(batched.answer, queue_s=batched.queue_s)
 
     async def stop(self) -> None:
         """Let the running batch finish; whatever still waits gets `EngineUnavailableError`."""
-        self._is_ready = False
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
+        await self._batcher.stop()
         await asyncio.to_thread(self._executor.shutdown)
-
-    def _refuse_waiting(self, why: str) -> None:
-        for job in self._waiting:
-            if not job.future.done():
-                job.future.set_exception(EngineUnavailableError(why))
-        self._waiting.clear()
 
     def _load(self) -> TreeDecoder:
         torch.set_num_threads(self._config.threads)
         return TreeDecoder.load(self._bundle.model_folder, self._bundle.vocabulary, self._config.dtype)
 
-    def _check(self, request: DecodeRequest) -> None:
-        """Refuse alone what would fail a whole batch."""
-        catalog = self._bundle.catalog
-        if request.catalog_epoch != catalog.epoch:
-            raise EngineError(f"request for catalogue epoch {request.catalog_epoch}, the engine has {catalog.epoch}")
-        if request.item_filter.num_eligible == 0:
-            raise EngineError("a filter that leaves no item reached the engine")
-        if not len(request.prompt) or request.width < 1:
-            raise EngineError(
-                f"a prompt of {len(request.prompt)} tokens and a width of {request.width} cannot be decoded"
-            )
-        forced_before(request.program, catalog.space.num_levels)
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._waiting:
-                batch = self._next_batch()
-                self._metrics.engine_batch_size.observe(len(batch))
-                work = loop.run_in_executor(self._executor, self._decode_batch, [job.request for job in batch])
-                try:
-                    results = await asyncio.shield(work)
-                except asyncio.CancelledError:  # stopping: what is being decoded is still answered
-                    _answer(batch, await work)
-                    raise
-                _answer(batch, results)
-
-    def _next_batch(self) -> list[_Job]:
-        """The oldest request and those behind it with the same program."""
-        program = self._waiting[0].request.program
-        batch = [job for job in self._waiting if job.request.program == program][: self._config.max_batch]
-        chosen = set(map(id, batch))
-        self._waiting = [job for job in self._waiting if id(job) not in chosen]
-        return batch
+    async def _run(self, requests: Sequence[DecodeRequest]) -> Sequence[DecodeResult | Exception]:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._decode_batch, requests)
 
     def _decode_batch(self, requests: Sequence[DecodeRequest]) -> list[DecodeResult | Exception]:
         """Decode together; if that fails, one by one, so that only the culprit fails. Runs in the worker thread."""
@@ -188,40 +123,9 @@ class LocalEngine:
             state,
             [request.item_filter for request in requests],
             [request.width for request in requests],
-            forced=forced_before(requests[0].program, trie.space.num_levels),
+            forced=plan(requests[0].program, trie.space.num_levels).forced,
             work=work,
         )
         seconds = time.monotonic() - start
         self._metrics.count_beam_work(work.steps, work.beams, work.closed_beams)
         return [DecodeResult(answer.ranks, answer.scores, decode_s=seconds) for answer in answers]
-
-
-def forced_before(program: StepProgram, num_levels: int) -> list[tuple[int, ...]]:
-    """The forced tokens before each code; `UnsupportedProgramError` for what this engine cannot run."""
-    forced: list[tuple[int, ...]] = []
-    pending: tuple[int, ...] = ()
-    for step in program:
-        if isinstance(step, Forced):
-            pending += step.token_ids
-        elif isinstance(step, Code) and step.level == len(forced):
-            forced.append(pending)
-            pending = ()
-        else:
-            raise UnsupportedProgramError(f"the local engine cannot run {step} after {len(forced)} codes")
-    if len(forced) != num_levels or pending:
-        raise UnsupportedProgramError(
-            f"a program ends with the code of level {num_levels - 1}; this one has {len(forced)} codes"
-        )
-    return forced
-
-
-def _answer(batch: Sequence[_Job], results: Sequence[DecodeResult | Exception]) -> None:
-    now = time.monotonic()
-    for job, result in zip(batch, results, strict=True):
-        if job.future.done():  # cancelled by its caller
-            continue
-        if isinstance(result, Exception):
-            job.future.set_exception(result)
-        else:
-            queue_s = max(0.0, now - job.queued_at - result.decode_s)
-            job.future.set_result(DecodeResult(result.ranks, result.scores, result.thought, queue_s, result.decode_s))

@@ -14,7 +14,7 @@ import numpy as np
 
 from semantic_ids.bundle import Bundle
 from service.app import create_app
-from service.engine.base import DecodeRequest, DecodeResult
+from service.engine.base import DecodeRequest, DecodeResult, ThoughtListener
 from service.logs import configure
 from service.metrics import Metrics
 from service.server import Server
@@ -25,7 +25,7 @@ class InstantEngine:
     """The most popular items that a request may get. For requests whose only filter is the seen set."""
 
     name = "instant"
-    is_ready = True
+    problem: str | None = None
     num_waiting = 0
 
     def __init__(self, bundle: Bundle, _settings: Settings, _metrics: Metrics) -> None:
@@ -35,7 +35,7 @@ class InstantEngine:
     async def start(self) -> None:
         """Nothing to load."""
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """The first `width` items that are not denied: some microseconds."""
         denied = set(request.item_filter.deny.tolist())
         eligible = (rank for rank in self._by_popularity if rank not in denied)

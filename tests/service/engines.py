@@ -6,7 +6,7 @@ import numpy as np
 
 from semantic_ids.bundle import Bundle
 from service.app import EngineFactory
-from service.engine.base import DecodeRequest, DecodeResult, EngineUnavailableError
+from service.engine.base import DecodeRequest, DecodeResult, EngineUnavailableError, ThoughtListener
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -18,15 +18,15 @@ class InstantEngine:
 
     def __init__(self, bundle: Bundle) -> None:
         self._all_ranks = np.arange(len(bundle.catalog))
-        self.is_ready = False
+        self.problem: str | None = "starting"
         self.num_waiting = 0
         self.num_decoded = 0
 
     async def start(self) -> None:
         """There is nothing to load."""
-        self.is_ready = True
+        self.problem = None
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """At most `width` eligible items."""
         self.num_decoded += 1
         ranks = self._all_ranks[request.item_filter.contains(self._all_ranks)][: request.width]
@@ -34,7 +34,7 @@ class InstantEngine:
 
     async def stop(self) -> None:
         """There is nothing to free."""
-        self.is_ready = False
+        self.problem = "stopped"
 
 
 class SlowEngine(InstantEngine):
@@ -46,14 +46,14 @@ class SlowEngine(InstantEngine):
         super().__init__(bundle)
         self.delay_s = delay_s
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """What the instant engine gives, late."""
         self.num_waiting += 1
         try:
             await asyncio.sleep(self.delay_s)
         finally:
             self.num_waiting -= 1
-        return await super().decode(request)
+        return await super().decode(request, on_thought)
 
 
 class FailingEngine(InstantEngine):
@@ -65,7 +65,7 @@ class FailingEngine(InstantEngine):
         super().__init__(bundle)
         self.error = error
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Never an answer."""
         raise self.error
 

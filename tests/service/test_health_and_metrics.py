@@ -44,11 +44,11 @@ async def test_not_ready_says_what_is_missing(bundles: Path, tmp_path: Path):
     settings = Settings(bundles=bundles, redis_url=await server.start())
     async with running(settings, lambda bundle, _settings, _metrics: UnreadyEngine(bundle)) as service:
         document = assert_problem(await service.http.get("/health/ready"), 503, "not-ready")
-        assert document["detail"] == "the engine is not ready"
+        assert document["detail"] == "starting"
         await server.stop()
         response = await service.http.get("/v2/health/ready")
         detail = assert_problem(response, 503, "not-ready")["detail"]
-        assert detail == "the engine is not ready; Redis does not answer (ConnectionError)"
+        assert detail == "starting; Redis does not answer (ConnectionError)"
         assert response.headers["retry-after"]
         assert (await service.http.get("/health/live")).status_code == 200
 

@@ -152,7 +152,7 @@ async def test_stop_answers_the_running_batch_and_fails_the_waiting(bundle: Bund
     assert answered
     assert refused
     assert len(answered) + len(refused) == 20
-    assert not engine.is_ready
+    assert engine.problem is not None
     with pytest.raises(EngineUnavailableError, match="not running"):
         await engine.decode(request(bundle))
     await engine.stop()
@@ -160,12 +160,12 @@ async def test_stop_answers_the_running_batch_and_fails_the_waiting(bundle: Bund
 
 async def test_before_its_start_it_is_not_ready_and_refuses(bundle: Bundle):
     engine = LocalEngine(bundle, LocalEngineConfig(), Metrics())
-    assert not engine.is_ready
+    assert engine.problem is not None
     with pytest.raises(EngineUnavailableError, match="not running"):
         await engine.decode(request(bundle))
     await engine.stop()
     async with started(bundle) as running_engine:
-        assert running_engine.is_ready
+        assert running_engine.problem is None
 
 
 async def test_a_request_that_fails_does_not_take_its_batch_down(bundle: Bundle):
@@ -180,7 +180,7 @@ async def test_a_request_that_fails_does_not_take_its_batch_down(bundle: Bundle)
         for result in results:
             assert isinstance(result, DecodeResult)
             assert_same(result, expected)
-        assert engine.is_ready
+        assert engine.problem is None
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,8 @@ async def test_a_request_that_fails_does_not_take_its_batch_down(bundle: Bundle)
         (Code(1), Code(0), Code(2)),
         (Code(0), Code(1), Code(2), Code(2)),
         (Code(0), Code(1), Code(2), Forced((1,))),
-        (Think(10, 1.0), Code(0), Code(1), Code(2)),
+        (Code(0), Think(10, 1.0, (5,)), Code(1), Code(2)),
+        (Think(10, 1.0, (5,)), Think(10, 1.0, (5,)), Code(0), Code(1), Code(2)),
     ],
 )
 async def test_a_program_that_it_cannot_run_is_refused(bundle: Bundle, program: StepProgram):
@@ -241,7 +242,7 @@ async def test_a_model_without_finite_scores_fails_its_canary(tmp_path: Path):
     engine = LocalEngine(broken, LocalEngineConfig(), Metrics())
     with pytest.raises(EngineError, match="canary"):
         await engine.start()
-    assert not engine.is_ready
+    assert engine.problem is not None
     await engine.stop()
 
 

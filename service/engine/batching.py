@@ -1,0 +1,137 @@
+"""Whatever waits together is one batch: dynamic batching with no timer, for every engine.
+
+    submit() → queue → batch of what waits (equal `group`, at most `max_batch`) → run(batch) → futures
+
+While one batch runs the next one gathers, so a lone job waits for nothing and a crowd shares the work.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from service.engine.base import EngineUnavailableError
+
+JobT = TypeVar("JobT")
+AnswerT = TypeVar("AnswerT")
+
+
+@dataclass(frozen=True)
+class Batched(Generic[AnswerT]):
+    """An answer and how long its job waited for its batch."""
+
+    answer: AnswerT
+    queue_s: float
+
+
+@dataclass(eq=False)
+class _Entry(Generic[JobT, AnswerT]):
+    job: JobT
+    group: Hashable
+    future: asyncio.Future[Batched[AnswerT]]
+    queued_at: float
+
+
+class Batcher(Generic[JobT, AnswerT]):
+    """Runs jobs in batches, one batch at a time. `run` answers every job of a batch, an exception for one that failed."""
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[JobT]], Awaitable[Sequence[AnswerT | Exception]]],
+        *,
+        max_batch: int,
+        group: Callable[[JobT], Hashable],
+        on_batch: Callable[[int], None],
+    ) -> None:
+        self._name = name
+        self._run = run
+        self._max_batch = max_batch
+        self._group = group
+        self._on_batch = on_batch
+        self._waiting: list[_Entry[JobT, AnswerT]] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether jobs are taken."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs not yet in a batch."""
+        return len(self._waiting)
+
+    def start(self) -> None:
+        """Begin to take jobs."""
+        self._task = asyncio.create_task(self._serve(), name=self._name)
+        self._task.add_done_callback(lambda _task: self._refuse_waiting())
+
+    async def submit(self, job: JobT) -> Batched[AnswerT]:
+        """Queue one job and wait for its batch. Cancelling it before then gives its place up."""
+        if not self.is_running:
+            raise EngineUnavailableError(f"the {self._name} is not running")
+        future: asyncio.Future[Batched[AnswerT]] = asyncio.get_running_loop().create_future()
+        entry = _Entry(job, self._group(job), future, time.monotonic())
+        self._waiting.append(entry)
+        self._wake.set()
+        try:
+            return await future
+        finally:
+            if entry in self._waiting:  # the caller gave up before its batch began
+                self._waiting.remove(entry)
+
+    async def stop(self) -> None:
+        """Let the running batch finish; whatever still waits gets `EngineUnavailableError`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch = self._next_batch()
+                started_at = time.monotonic()
+                self._on_batch(len(batch))
+                work = asyncio.ensure_future(self._answers(batch))
+                try:
+                    answers = await asyncio.shield(work)
+                except asyncio.CancelledError:  # stopping: what is being worked on is still answered
+                    _settle(batch, await work, started_at)
+                    raise
+                _settle(batch, answers, started_at)
+
+    async def _answers(self, batch: Sequence[_Entry[JobT, AnswerT]]) -> Sequence[AnswerT | Exception]:
+        """`run`'s answers; what it raises fails this batch and not the batcher."""
+        try:
+            return await self._run([entry.job for entry in batch])
+        except Exception as error:  # whatever fails must not take the batcher down
+            return [error] * len(batch)
+
+    def _next_batch(self) -> list[_Entry[JobT, AnswerT]]:
+        """The oldest job and those behind it of the same group."""
+        group = self._waiting[0].group
+        batch = [entry for entry in self._waiting if entry.group == group][: self._max_batch]
+        chosen = set(map(id, batch))
+        self._waiting = [entry for entry in self._waiting if id(entry) not in chosen]
+        return batch
+
+    def _refuse_waiting(self) -> None:
+        for entry in self._waiting:
+            if not entry.future.done():
+                entry.future.set_exception(EngineUnavailableError(f"the {self._name} has stopped"))
+        self._waiting.clear()
+
+
+def _settle(batch: Sequence[_Entry[JobT, AnswerT]], answers: Sequence[AnswerT | Exception], started_at: float) -> None:
+    for entry, answer in zip(batch, answers, strict=True):
+        if entry.future.done():  # cancelled by its caller
+            continue
+        if isinstance(answer, Exception):
+            entry.future.set_exception(answer)
+        else:
+            entry.future.set_result(Batched(answer, started_at - entry.queued_at))
