@@ -5,6 +5,7 @@ forms, each where it is cheap: a *bitmap* with prefix sums for what many request
 cached by content; *sorted ranks* for what is one request's own (included, excluded, seen items), counted by bisection.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class FilterSpec:
     none_categories: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankBitmap:
     """A set of ranks with constant-time interval counts."""
 
@@ -44,6 +45,11 @@ class RankBitmap:
         prefix = np.zeros(len(member) + 1, np.uint32)
         np.cumsum(member, out=prefix[1:])
         return cls(member, prefix)
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for its content, the same in every process."""
+        return hashlib.blake2b(np.packbits(self.member).tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class _Entry(Generic[JobT, AnswerT]):
 
 
 class Batcher(Generic[JobT, AnswerT]):
-    """Runs jobs in batches, one batch at a time. `run` answers every job of a batch, an exception for one that failed."""
+    """Runs jobs, one batch at a time. `run` answers every job of a batch, with an exception for one that failed."""
 
     def __init__(
         self,

@@ -1,0 +1,95 @@
+"""Catalogues by id and bitmaps by name, inside vLLM's engine process: what its worker and its processors read.
+
+vLLM makes both by name in a process of its own, so they meet in this module's `STORE`. A catalogue is the
+memory-mapped one of a bundle on disk: nothing large crosses between the processes.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from semantic_ids.bundle import Bundle
+from semantic_ids.catalog import Catalog
+from semantic_ids.codes import SidVocabulary
+from semantic_ids.filters import ItemFilter, RankBitmap
+from service.engine.vllm_wire import SidRequestError, WireFilter, unpack_bitmap, unpack_ranks
+
+MAX_BITMAPS = 256
+
+
+@dataclass(frozen=True)
+class CatalogSnapshot:
+    """One catalogue epoch of one bundle."""
+
+    catalog_id: str
+    catalog: Catalog
+    vocabulary: SidVocabulary
+
+
+class SidStore:
+    """What requests name, and how it is found."""
+
+    def __init__(self) -> None:
+        self._catalogs: dict[str, CatalogSnapshot] = {}
+        self._bitmaps: OrderedDict[tuple[str, str], RankBitmap] = OrderedDict()
+
+    def load(self, bundle_path: Path) -> str:
+        """Map a bundle's catalogue; its id, also when it was there already."""
+        bundle = Bundle.load(bundle_path)
+        catalog_id = catalog_id_of(bundle)
+        self._catalogs.setdefault(catalog_id, CatalogSnapshot(catalog_id, bundle.catalog, bundle.vocabulary))
+        return catalog_id
+
+    def keep_only(self, catalog_id: str) -> None:
+        """Forget every other catalogue and its bitmaps."""
+        self._catalogs = {catalog_id: self.snapshot(catalog_id)}
+        for key in [key for key in self._bitmaps if key[0] != catalog_id]:
+            del self._bitmaps[key]
+
+    def snapshot(self, catalog_id: str) -> CatalogSnapshot:
+        """The catalogue of this id, or a typed error."""
+        found = self._catalogs.get(catalog_id)
+        if found is None:
+            raise SidRequestError(
+                "unknown_catalog", f"no catalogue {catalog_id!r} here; there is {sorted(self._catalogs)}"
+            )
+        return found
+
+    def put_bitmap(self, catalog_id: str, digest: str, packed: bytes) -> None:
+        """Keep a bitmap; the one that was used longest ago is forgotten."""
+        bitmap = unpack_bitmap(packed, len(self.snapshot(catalog_id).catalog))
+        if bitmap.digest != digest:
+            raise SidRequestError("bad_request", f"bitmap {digest!r} was sent with other content")
+        self._bitmaps[catalog_id, digest] = bitmap
+        self._bitmaps.move_to_end((catalog_id, digest))
+        if len(self._bitmaps) > MAX_BITMAPS:
+            self._bitmaps.popitem(last=False)
+
+    def item_filter(self, snapshot: CatalogSnapshot, wire: WireFilter) -> ItemFilter:
+        """A request's filter, exact; a filter that leaves nothing is an error."""
+        num_items = len(snapshot.catalog)
+        bitmap = None
+        if wire.bitmap is not None:
+            key = (snapshot.catalog_id, wire.bitmap)
+            bitmap = self._bitmaps.get(key)
+            if bitmap is None:
+                raise SidRequestError("unknown_bitmap", f"bitmap {wire.bitmap!r} is not here: send it")
+            self._bitmaps.move_to_end(key)
+        allow = None if wire.allow is None else unpack_ranks(wire.allow, num_items)
+        deny = unpack_ranks(wire.deny, num_items)
+        if allow is None and bitmap is None:  # already what `ItemFilter.of` would make of it
+            item_filter = ItemFilter(num_items, None, None, deny)
+        else:
+            item_filter = ItemFilter.of(num_items, bitmap=bitmap, allow=allow, deny=deny)
+        if item_filter.num_eligible == 0:
+            raise SidRequestError("empty_allowed_set", "the filter leaves no item: that is no request for the model")
+        return item_filter
+
+
+def catalog_id_of(bundle: Bundle) -> str:
+    """What a request's catalogue is called: its bundle and epoch."""
+    return f"{bundle.bundle_id}@{bundle.catalog.epoch}"
+
+
+STORE = SidStore()
+"""The one of this process."""

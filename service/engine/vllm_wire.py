@@ -1,0 +1,104 @@
+"""What crosses between the service and vLLM's engine process: natives and bytes, and the errors by name.
+
+Ranks travel as little-endian uint32, a category bitmap once, packed to a bit an item and named by its content.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from semantic_ids.filters import ItemFilter, RankBitmap
+from semantic_ids.trie import Ranks
+
+RANK_DTYPE = np.dtype("<u4")
+
+ErrorKind: TypeAlias = Literal[
+    "bad_request",  # malformed arguments
+    "empty_allowed_set",  # a filter that leaves nothing, or a prefix without a legal code
+    "unknown_prefix",  # output tokens that no catalogue item begins with
+    "unknown_catalog",  # a catalogue epoch that this engine does not have
+    "unknown_bitmap",  # a bitmap that this engine was not given, or has forgotten: send it
+    "unknown_capture",  # no prompt was captured under this key
+    "placeholder",  # a -1 among the output tokens: vLLM has not sampled them yet
+    "internal",  # a fault of our own; the engine's log has it
+]
+
+
+class SidRequestError(Exception):
+    """One request failed inside the engine; the others go on."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def as_wire(self) -> dict[str, str]:
+        """For the answer."""
+        return {"error": self.kind, "message": str(self)}
+
+
+@dataclass(frozen=True)
+class WireFilter:
+    """An `ItemFilter` by value, its bitmap by name."""
+
+    allow: bytes | None
+    deny: bytes
+    bitmap: str | None
+
+    @classmethod
+    def of(cls, item_filter: ItemFilter) -> "WireFilter":
+        """The filter of a request, ready to be sent."""
+        return cls(
+            allow=None if item_filter.allow is None else pack_ranks(item_filter.allow),
+            deny=pack_ranks(item_filter.deny),
+            bitmap=None if item_filter.bitmap is None else item_filter.bitmap.digest,
+        )
+
+    def as_wire(self) -> dict[str, Any]:
+        """Natives only."""
+        return {"allow": self.allow, "deny": self.deny, "bitmap": self.bitmap}
+
+    @classmethod
+    def parse(cls, wire: Mapping[str, Any]) -> "WireFilter":
+        """Check the types; absent fields mean "no such restriction"."""
+        allow, deny, bitmap = wire.get("allow"), wire.get("deny", b""), wire.get("bitmap")
+        for name, value, kinds in (
+            ("allow", allow, (bytes, type(None))),
+            ("deny", deny, bytes),
+            ("bitmap", bitmap, (str, type(None))),
+        ):
+            if not isinstance(value, kinds):
+                raise SidRequestError(
+                    "bad_request", f"{name} is {type(value).__name__}: ranks are bytes, a bitmap a name"
+                )
+        return cls(allow, deny, bitmap)
+
+
+def pack_ranks(ranks: Ranks) -> bytes:
+    """Ranks (n,) as bytes."""
+    return ranks.astype(RANK_DTYPE).tobytes()
+
+
+def unpack_ranks(data: bytes, num_items: int) -> Ranks:
+    """Sorted unique ranks below `num_items`, as a filter holds them; anything else is a bad request."""
+    if len(data) % RANK_DTYPE.itemsize:
+        raise SidRequestError("bad_request", f"{len(data)} bytes are no whole number of ranks of 4 bytes")
+    ranks = np.frombuffer(data, RANK_DTYPE).astype(np.int64)
+    if len(ranks) and (ranks[-1] >= num_items or (len(ranks) > 1 and not bool((ranks[1:] > ranks[:-1]).all()))):
+        raise SidRequestError("bad_request", f"ranks must rise and stay below the {num_items} items of the catalogue")
+    return ranks
+
+
+def pack_bitmap(bitmap: RankBitmap) -> bytes:
+    """One bit an item."""
+    return np.packbits(bitmap.member).tobytes()
+
+
+def unpack_bitmap(data: bytes, num_items: int) -> RankBitmap:
+    """The bitmap with its prefix sums."""
+    if len(data) != -(-num_items // 8):
+        raise SidRequestError("bad_request", f"a bitmap of {len(data)} bytes does not fit {num_items} items")
+    member: npt.NDArray[np.bool_] = np.unpackbits(np.frombuffer(data, np.uint8), count=num_items).astype(np.bool_)
+    return RankBitmap.of(member)
