@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from semantic_ids.decoding.legal import EmptyAllowedSetError, LegalCodes, legal_log_softmax
-from semantic_ids.decoding.tree_decoder import TreeDecoder, TreeRows, TreeState
+from semantic_ids.decoding.tree_decoder import Decoder, StateT, TreeRows
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import ROOT, Nodes, Ranks, SidTrie
 
@@ -50,9 +50,9 @@ class _Beams:
 
 
 def constrained_beam(
-    decoder: TreeDecoder,
+    decoder: Decoder[StateT],
     trie: SidTrie,
-    state: TreeState,
+    state: StateT,
     filters: Sequence[ItemFilter],
     widths: Sequence[int],
     *,
@@ -103,7 +103,7 @@ class _Chosen:
 
 
 def _best_children(
-    decoder: TreeDecoder,
+    decoder: Decoder[StateT],
     trie: SidTrie,
     beams: _Beams,
     level: int,
@@ -139,9 +139,9 @@ def _top(score: Scores, width: int) -> npt.NDArray[np.int64]:
 
 
 def _advance(
-    decoder: TreeDecoder,
+    decoder: Decoder[StateT],
     trie: SidTrie,
-    state: TreeState,
+    state: StateT,
     rows: TreeRows,
     chosen: _Chosen,
     level: int,
@@ -173,7 +173,7 @@ def _advance(
 
 
 def _force(
-    decoder: TreeDecoder, state: TreeState, rows: TreeRows, hidden: Tensor, token_ids: Sequence[int]
+    decoder: Decoder[StateT], state: StateT, rows: TreeRows, hidden: Tensor, token_ids: Sequence[int]
 ) -> tuple[TreeRows, Tensor]:
     """Append the same tokens to every row."""
     num_prompts, num_rows = rows.next_position.shape

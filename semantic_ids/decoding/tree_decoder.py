@@ -13,7 +13,7 @@ the mask.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,59 @@ class TreeRows:
 
     visible: Tensor  # (B, R, slots so far) bool
     next_position: Tensor  # (B, R)
+
+    def continued(self, parents: Tensor, num_slots: int) -> "TreeRows":
+        """The rows after one more token each: parents (B, R'); the cache held `num_slots` slots before them.
+
+        Every new token sees what its parent saw, and itself; its siblings, in the slots beside it, it does not see.
+        """
+        num_prompts, num_new = parents.shape
+        visible = functional.pad(self.visible, (0, num_slots - self.visible.shape[-1]))
+        visible = visible.gather(1, parents[..., None].expand(-1, -1, num_slots))
+        itself = torch.eye(num_new, dtype=torch.bool, device=parents.device).expand(num_prompts, -1, -1)
+        return TreeRows(torch.cat((visible, itself), dim=-1), self.next_position.gather(1, parents) + 1)
+
+
+class PromptState(Protocol):
+    """Prompts that were run, ready to be continued."""
+
+    @property
+    def root(self) -> TreeRows:
+        """R = 1: each prompt itself."""
+        ...
+
+    @property
+    def last_hidden(self) -> Tensor:
+        """What the model makes of each prompt's last token, (B, 1, D)."""
+        ...
+
+
+StateT = TypeVar("StateT", bound=PromptState)
+StateT_contra = TypeVar("StateT_contra", bound=PromptState, contravariant=True)
+
+
+class Decoder(Protocol[StateT_contra]):
+    """A model that runs tree-shaped continuations of prompts: what the beam needs of one."""
+
+    @property
+    def vocabulary(self) -> SidVocabulary:
+        """Where the SID tokens are."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    def extend(
+        self, state: StateT_contra, rows: TreeRows, parents: Tensor, token_ids: Tensor
+    ) -> tuple[Tensor, TreeRows]:
+        """Append a token to each chosen row: parents (B, R'), token_ids (B, R') → hidden (B, R', D), the new rows."""
+        ...
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """The K logits of one level, (M, D) → (M, K)."""
+        ...
 
 
 class TreeState:
@@ -53,7 +106,7 @@ class TreeDecoder:
         if attention != "sdpa":  # another one reads the tree mask differently, and answers wrongly without a word
             raise ValueError(f"the tree mask needs attention implementation 'sdpa', and this model has {attention!r}")
         self.model = model.train(False)
-        self.vocabulary = vocabulary
+        self._vocabulary = vocabulary
         self._pad_token_id = pad_token_id
 
     @classmethod
@@ -66,6 +119,11 @@ class TreeDecoder:
 
         disable_progress_bar()  # a loaded model is a detail of something larger, which shows its own progress
         return cls(AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)), vocabulary)
+
+    @property
+    def vocabulary(self) -> SidVocabulary:
+        """Where the SID tokens are."""
+        return self._vocabulary
 
     @property
     def device(self) -> torch.device:
@@ -94,21 +152,16 @@ class TreeDecoder:
     @torch.inference_mode()
     def extend(self, state: TreeState, rows: TreeRows, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, TreeRows]:
         """Append a token to each chosen row: parents (B, R'), token_ids (B, R') → hidden (B, R', D), the new rows."""
-        num_prompts, num_new = token_ids.shape
-        num_slots = state.cache.get_seq_length()
-        visible = functional.pad(rows.visible, (0, num_slots - rows.visible.shape[-1]))
-        visible = visible.gather(1, parents[..., None].expand(-1, -1, num_slots))
-        itself = torch.eye(num_new, dtype=torch.bool, device=self.device).expand(num_prompts, -1, -1)
-        visible = torch.cat((visible, itself), dim=-1)  # (B, R', slots + R')
         position = rows.next_position.gather(1, parents)
+        new_rows = rows.continued(parents, state.cache.get_seq_length())
         output = self.model.base_model(
             input_ids=token_ids,
-            attention_mask=visible[:, None],
+            attention_mask=new_rows.visible[:, None],
             position_ids=position,
             past_key_values=state.cache,
             use_cache=True,
         )
-        return output.last_hidden_state, TreeRows(visible, position + 1)
+        return output.last_hidden_state, new_rows
 
     @torch.inference_mode()
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
