@@ -3,6 +3,8 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from service.engine.base import ThoughtEnd
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -49,6 +51,12 @@ class Metrics:
             "Prefixes with one SID left, which need no forward pass.",
             registry=self.registry,
         )
+        self.engine_think_tokens = Counter(
+            "sidrec_engine_think_tokens", "Tokens of thoughts, closes not counted.", registry=self.registry
+        )
+        self.engine_thoughts = Counter(
+            "sidrec_engine_thoughts", "Thoughts by what ended them.", ("end",), registry=self.registry
+        )
         self.bundle = Gauge("sidrec_bundle", "1 for the bundle being served.", ("bundle",), registry=self.registry)
         self.catalog_epoch = Gauge("sidrec_catalog_epoch", "The catalogue epoch being served.", registry=self.registry)
 
@@ -57,6 +65,11 @@ class Metrics:
         self.engine_steps.inc(steps)
         self.engine_beams.inc(beams)
         self.engine_closed_beams.inc(closed_beams)
+
+    def count_thought(self, tokens: int, end: ThoughtEnd) -> None:
+        """Add one thought that reached its end."""
+        self.engine_think_tokens.inc(tokens)
+        self.engine_thoughts.labels(end).inc()
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""

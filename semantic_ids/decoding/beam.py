@@ -36,6 +36,13 @@ class BeamWork:
     steps: int = 0
     beams: int = 0
     closed_beams: int = 0  # beams that needed no further forward pass
+    codes: int = 0  # all codes of the levels, legal or not, of every beam
+    legal_codes: int = 0
+
+    @property
+    def masked_share(self) -> float:
+        """The share of codes that were illegal."""
+        return 1 - self.legal_codes / self.codes if self.codes else 0.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def constrained_beam(
         row=np.zeros(num_prompts, np.int64),
     )
     for level in range(trie.space.num_levels):
-        chosen = _best_children(decoder, trie, beams, level, filters, widths)
+        chosen = _best_children(decoder, trie, beams, level, filters, widths, work)
         work.steps += 1
         work.beams += len(chosen.node)
         if level + 1 < trie.space.num_levels:
@@ -109,8 +116,11 @@ def _best_children(
     level: int,
     filters: Sequence[ItemFilter],
     widths: Sequence[int],
+    work: BeamWork,
 ) -> _Chosen:
     legal = LegalCodes.of(trie, beams.node, decoder.device)
+    work.codes += legal.mask.numel()
+    work.legal_codes += len(legal.children.node)
     log_probs = legal_log_softmax(decoder.level_logits(beams.hidden, level), legal.mask).cpu().numpy()  # (M, K)
     children = legal.children
     score = beams.score[children.parent] + log_probs[children.parent, children.code]  # (C,)

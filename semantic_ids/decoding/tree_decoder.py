@@ -131,6 +131,12 @@ class TreeDecoder:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of one sequence; None where the architecture sets no limit."""
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[TokenIds]) -> TreeState:
         """Run B prompts of any lengths."""
@@ -168,10 +174,18 @@ class TreeDecoder:
         """The K logits of one level, (M, D) → (M, K)."""
         return level_logits(self.model, self.vocabulary, hidden, level)
 
+    @torch.inference_mode()
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """The logits of every token, for free text, (M, D) → (M, V)."""
+        return _logits(self.model, hidden, slice(self.vocabulary.vocab_size))
+
 
 def level_logits(model: "PreTrainedModel", vocabulary: SidVocabulary, hidden: Tensor, level: int) -> Tensor:
     """The K logits of one level, (M, D) → (M, K), for training and decoding: only that block of the head is read."""
+    return _logits(model, hidden, vocabulary.block(level))
+
+
+def _logits(model: "PreTrainedModel", hidden: Tensor, block: slice) -> Tensor:
     head = model.get_output_embeddings()
-    block = vocabulary.block(level)
     bias = head.bias[block] if getattr(head, "bias", None) is not None else None
     return functional.linear(hidden, head.weight[block], bias)

@@ -7,7 +7,7 @@ other programs, not other protocols. This module imports no torch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,9 @@ StepProgram = tuple[Think | Forced | Code, ...]
 ThoughtListener: TypeAlias = Callable[[Sequence[int]], None]
 """Called on the event loop with the new token ids of a thought, as they come."""
 
+ThoughtEnd: TypeAlias = Literal["closed", "token_budget", "time_budget"]
+"""Why a thought ended: by the model itself, or by which of its budgets."""
+
 
 def sid_program(space: SidSpace) -> StepProgram:
     """The plain program: the L codes, one after the other."""
@@ -115,6 +118,7 @@ class DecodeResult:
     ranks: Ranks  # (n,)
     scores: npt.NDArray[np.float32]  # (n,)
     thought: tuple[int, ...] = ()  # without the close
+    thought_end: ThoughtEnd | None = None  # None where the program does not think
     queue_s: float = 0.0
     think_s: float = 0.0
     decode_s: float = 0.0
@@ -143,7 +147,10 @@ class Engine(Protocol):
         ...
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
-        """Decode one request; `on_thought` hears its thought as it is written. Cancelling it gives its place up."""
+        """Decode one request. Cancelling it gives its place up, and stops its thought.
+
+        `on_thought` hears every token of the thought once, in order, and all of them before this returns.
+        """
         ...
 
     async def stop(self) -> None:

@@ -135,3 +135,13 @@ def _settle(batch: Sequence[_Entry[JobT, AnswerT]], answers: Sequence[AnswerT | 
             entry.future.set_exception(answer)
         else:
             entry.future.set_result(Batched(answer, started_at - entry.queued_at))
+
+
+def run_isolated(run: Callable[[Sequence[JobT]], Sequence[AnswerT]], jobs: Sequence[JobT]) -> list[AnswerT | Exception]:
+    """Run jobs together; if that fails, one by one, so that only the culprit fails, with its own exception."""
+    if not jobs:
+        return []
+    try:
+        return list(run(jobs))
+    except Exception as error:
+        return [error] if len(jobs) == 1 else [run_isolated(run, [job])[0] for job in jobs]

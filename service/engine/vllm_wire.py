@@ -3,8 +3,8 @@
 Ranks travel as little-endian uint32, a category bitmap once, packed to a bit an item and named by its content.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -74,6 +74,46 @@ class WireFilter:
                     "bad_request", f"{name} is {type(value).__name__}: ranks are bytes, a bitmap a name"
                 )
         return cls(allow, deny, bitmap)
+
+
+@dataclass(frozen=True)
+class BeamRequest:
+    """One captured prompt's search."""
+
+    key: str
+    width: int
+    item_filter: WireFilter
+
+    def as_wire(self) -> dict[str, Any]:
+        """Natives only."""
+        return {"key": self.key, "width": self.width, "filter": self.item_filter.as_wire()}
+
+    @classmethod
+    def parse(cls, wire: Mapping[str, Any]) -> "BeamRequest":
+        """Our own service sends it, so only its filter is checked."""
+        return cls(wire["key"], wire["width"], WireFilter.parse(wire["filter"]))
+
+
+def room_for(forced: Sequence[Sequence[int]], width: int) -> int:
+    """Slots that a beam may need behind a prompt: `width` for each code but the last, and for each forced token."""
+    return width * (len(forced) - 1 + sum(map(len, forced)))
+
+
+@dataclass(frozen=True)
+class BeamReport:
+    """What one call of the beam did, for metrics."""
+
+    answers: list[dict[str, Any]]
+    steps: int
+    beams: int
+    closed_beams: int
+    masked_share: float
+    num_captures: int
+    seconds: float
+
+    def as_wire(self) -> dict[str, Any]:
+        """Natives only."""
+        return asdict(self)
 
 
 def pack_ranks(ranks: Ranks) -> bytes:
