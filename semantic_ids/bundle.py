@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -327,7 +327,7 @@ def load_text_tokenizer(model_folder: Path) -> TextTokenizer | None:
 
 
 class FileTokenizer:
-    """A `tokenizers.Tokenizer` as prompts want it: ids out."""
+    """A `tokenizers.Tokenizer` as prompts want it."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
@@ -336,6 +336,11 @@ class FileTokenizer:
         """Token ids of `text`."""
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, with special tokens and SIDs; bytes that are no whole character are U+FFFD."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
 
 
 def _files(folder: Path) -> list[str]:

@@ -6,6 +6,10 @@ followed by a *volatile* part. An engine that caches KV by prefix thus pays only
 
     version 1, compact   <bos> SID SID SID …                        models trained from scratch
     version 2, chat      ChatML instruction, one line per item       pretrained models
+    version 3, thinking  version 2, a think block before the SID     pretrained models that reason
+
+Version 3 without a thought has an empty think block (the no-think form of SIDReasoner, arXiv 2603.23183); with one, the
+model writes on from `<think>` until `</think>`, and its SID comes after that.
 """
 
 from collections.abc import Sequence
@@ -20,9 +24,13 @@ from semantic_ids.codes import Codes, SidVocabulary, TokenIds
 
 COMPACT_VERSION = 1
 CHAT_VERSION = 2
+THINKING_VERSION = 3
 
 COMPACT_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", *(f"<reserved_{i}>" for i in range(13)))
 """A from-scratch vocabulary begins with these 16 ids; the SID block follows."""
+
+THINKING_TOKENS = ("<think>", "</think>")
+"""What a thought stands between, each a single token of a model's tokenizer."""
 
 
 class PromptError(ValueError):
@@ -56,6 +64,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class ThinkingFormat:
+    """How a model thinks before it writes a SID."""
+
+    open: tuple[int, ...]
+    """Ends the prompt where the model is to think: `<think>`, new line."""
+    close: tuple[int, ...]
+    """Between a thought and its SID: `</think>`, empty line. Its first id ends the thought."""
+
+
+@dataclass(frozen=True)
 class TrainingRow:
     """A token sequence with its SID positions.
 
@@ -74,6 +92,10 @@ class TextTokenizer(Protocol):
         """Token ids of `text`."""
         ...
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens and SIDs included; bytes that are no whole character are U+FFFD."""
+        ...
+
 
 class PromptRenderer(Protocol):
     """One prompt version."""
@@ -81,12 +103,24 @@ class PromptRenderer(Protocol):
     version: ClassVar[int]
     spec: PromptSpec
 
-    def render(self, history: Sequence[HistoryItem]) -> Prompt:
-        """The prompt after which the model writes the next item's SID."""
+    @property
+    def thinking(self) -> ThinkingFormat | None:
+        """How the model thinks; None where it cannot."""
+        ...
+
+    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
+        """The prompt after which the model writes the next item's SID, or with `thinking` its thought.
+
+        After a thought come `thinking.close` and the SID. `PromptError` where this version cannot think.
+        """
         ...
 
     def training_row(self, items: Sequence[HistoryItem]) -> TrainingRow:
         """At most `max_history` items and one more, with a loss on every SID; `render` asks for each at serving."""
+        ...
+
+    def thought_text(self, token_ids: Sequence[int]) -> str:
+        """The text of a thought, whole or still growing: what a longer thought shows begins with it."""
         ...
 
 
@@ -94,14 +128,17 @@ class CompactPrompt:
     """Version 1: `<bos>` and bare SIDs. The whole sequence is one row, and every item in it is a target."""
 
     version: ClassVar[int] = COMPACT_VERSION
+    thinking: ClassVar[None] = None
     bos_token_id: ClassVar[int] = COMPACT_SPECIAL_TOKENS.index("<bos>")
 
     def __init__(self, spec: PromptSpec, vocabulary: SidVocabulary) -> None:
         self.spec = spec
         self._vocabulary = vocabulary
 
-    def render(self, history: Sequence[HistoryItem]) -> Prompt:
+    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
         """`<bos>` and the history's SIDs; there is no volatile part."""
+        if thinking:
+            raise _cannot_think(self.version)
         _check_length(len(history), self.spec)
         token_ids = self._token_ids(history)
         return Prompt(token_ids, len(token_ids))
@@ -112,6 +149,10 @@ class CompactPrompt:
         levels = np.tile(np.arange(num_levels, dtype=np.int8), len(items))
         _check_length(len(items) - 1, self.spec)
         return TrainingRow(self._token_ids(items), np.concatenate(([np.int8(-1)], levels)))
+
+    def thought_text(self, token_ids: Sequence[int]) -> str:
+        """`PromptError`: this version has no thoughts."""
+        raise _cannot_think(self.version)
 
     def _token_ids(self, items: Sequence[HistoryItem]) -> TokenIds:
         if not items:
@@ -124,6 +165,7 @@ class ChatPrompt:
     """Version 2: ChatML, as SmolLM2 and Qwen3 read it. SID tokens come from ids, so no title can forge one."""
 
     version: ClassVar[int] = CHAT_VERSION
+    thinking: ThinkingFormat | None = None
 
     _INSTRUCTION = (
         "<|im_start|>system\nYou recommend items. Every item is named by a semantic ID of {num_levels} codes. "
@@ -142,10 +184,11 @@ class ChatPrompt:
         self._question = self._encode(self._QUESTION)
         self._end = self._encode(self._END)
 
-    def render(self, history: Sequence[HistoryItem]) -> Prompt:
+    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
         """Instruction and history are stable; the question is volatile."""
-        stable, _ = self._stable(history)
-        return Prompt(np.array(stable + self._question, np.int64), len(stable))
+        if thinking:
+            raise _cannot_think(self.version)
+        return self._prompt(history, self._question)
 
     def training_row(self, items: Sequence[HistoryItem]) -> TrainingRow:
         """All but the last item as history, the last one as the answer; a loss on every SID."""
@@ -156,6 +199,14 @@ class ChatPrompt:
         token_ids = stable + self._question + answer + self._end
         levels = levels + [-1] * len(self._question) + list(range(len(answer))) + [-1] * len(self._end)
         return TrainingRow(np.array(token_ids, np.int64), np.array(levels, np.int8))
+
+    def thought_text(self, token_ids: Sequence[int]) -> str:
+        """`PromptError`: this version has no thoughts."""
+        raise _cannot_think(self.version)
+
+    def _prompt(self, history: Sequence[HistoryItem], volatile: list[int]) -> Prompt:
+        stable, _ = self._stable(history)
+        return Prompt(np.array(stable + volatile, np.int64), len(stable))
 
     def _stable(self, history: Sequence[HistoryItem]) -> tuple[list[int], list[int]]:
         _check_length(len(history), self.spec)
@@ -175,17 +226,64 @@ class ChatPrompt:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
+class ThinkingChatPrompt(ChatPrompt):
+    """Version 3: version 2, and before the SID a think block, which is empty unless the model is to think.
+
+    The tokenizer must know the thinking tokens, and the SID tokens by their ids in the vocabulary: thoughts name SIDs.
+    """
+
+    version: ClassVar[int] = THINKING_VERSION
+
+    def __init__(self, spec: PromptSpec, vocabulary: SidVocabulary, tokenizer: TextTokenizer) -> None:
+        super().__init__(spec, vocabulary, tokenizer)
+        opening, closing = THINKING_TOKENS
+        for token in THINKING_TOKENS:
+            self._check_single(token)
+        self._check_sid_tokens()
+        self.thinking = ThinkingFormat(
+            open=tuple(self._encode(f"{opening}\n")), close=tuple(self._encode(f"{closing}\n\n"))
+        )
+        self._question_to_think = self._question + list(self.thinking.open)
+        self._question = self._question + self._encode(f"{opening}\n\n{closing}\n\n")
+
+    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
+        """As version 2; the volatile part ends with an empty think block, or with `thinking` inside an open one."""
+        return self._prompt(history, self._question_to_think if thinking else self._question)
+
+    def thought_text(self, token_ids: Sequence[int]) -> str:
+        """The text; a character whose bytes are not all there yet is left out."""
+        return self._tokenizer.decode(token_ids).rstrip("\ufffd")
+
+    def _check_single(self, token: str) -> None:
+        if len(self._encode(token)) != 1:
+            raise PromptError(
+                f"prompt version {self.version} thinks, and the model's tokenizer has no single token {token}: "
+                "give a checkpoint whose tokenizer knows it, such as `sidrec-train base-model` writes"
+            )
+
+    def _check_sid_tokens(self) -> None:
+        space, first = self._vocabulary.space, self._vocabulary.first_token_id
+        last = space.token(space.num_levels - 1, space.codebook_size - 1)
+        for token, token_id in ((space.token(0, 0), first), (last, first + space.num_tokens - 1)):
+            if (found := self._encode(token)) != [token_id]:
+                raise PromptError(
+                    f"the model's tokenizer reads {token} as {found}, the vocabulary has it as {token_id}: "
+                    "the tokenizer file is not this model's"
+                )
+
+
 def make_renderer(
     spec: PromptSpec, vocabulary: SidVocabulary, tokenizer: TextTokenizer | None = None
 ) -> PromptRenderer:
     """The renderer of `spec.version`; `PromptError` for a version that this build does not know."""
     if spec.version == COMPACT_VERSION:
         return CompactPrompt(spec, vocabulary)
-    if spec.version == CHAT_VERSION:
+    if spec.version in (CHAT_VERSION, THINKING_VERSION):
         if tokenizer is None:
             raise PromptError("chat prompts need the model's tokenizer, and the bundle carries none")
-        return ChatPrompt(spec, vocabulary, tokenizer)
-    known = [COMPACT_VERSION, CHAT_VERSION]
+        kind = ChatPrompt if spec.version == CHAT_VERSION else ThinkingChatPrompt
+        return kind(spec, vocabulary, tokenizer)
+    known = [COMPACT_VERSION, CHAT_VERSION, THINKING_VERSION]
     raise PromptError(
         f"no renderer for prompt version {spec.version}; this build knows {known}: upgrade it or roll the bundle back"
     )
@@ -201,6 +299,13 @@ def window_start(total: int, max_history: int) -> int:
         return 0
     quarter = max(1, max_history // 4)
     return -(-(total - max_history) // quarter) * quarter
+
+
+def _cannot_think(version: int) -> PromptError:
+    return PromptError(
+        f"prompt version {version} has no think block: ask without thinking, or train with prompt version "
+        f"{THINKING_VERSION} (sft.thinking=true)"
+    )
 
 
 def _check_length(num_items: int, spec: PromptSpec) -> None:

@@ -12,6 +12,7 @@ from training.stage import STAGE_FILE, StageError, Summary, console, is_main_pro
 from training.tokenizer.methods import Method
 
 if TYPE_CHECKING:
+    from semantic_ids.catalog import Catalog
     from training.pipeline import StageName
 
 app = typer.Typer(
@@ -120,15 +121,33 @@ def export_sids(
 
     The other way: `sidrec-train tokenizer --method imported sids=FILE` takes SIDs from elsewhere.
     """
-    from training.interactions import Dataset
     from training.tokenizer.sid_files import write_sids
-    from training.tokenizer.stage import TokenizedCatalog
 
-    if not (out / "tokenizer" / STAGE_FILE).exists():
-        raise StageError(f"{out} has no finished tokenizer stage: run `sidrec-train tokenizer --out {out} …` first")
-    catalog = TokenizedCatalog.load(out / "tokenizer", Dataset.load(out / "data")).catalog
+    catalog = _catalog_of(out)
     write_sids(file, catalog.item_ids, catalog.codes, catalog.space)
     console.print(f"{len(catalog):,} SIDs in {file}", soft_wrap=True)
+
+
+@app.command("base-model")
+def base_model(
+    name: Annotated[
+        str, typer.Argument(help="smollm2-135m, a hub name, or a checkpoint's folder.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.", show_default=False)],
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="Run folder whose SIDs shall be in the vocabulary.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Write a pretrained model as a plain checkpoint, with --run extended by a catalogue's SIDs.
+
+    `sft.base_model=FOLDER` trains from it. `smollm2-135m` needs no network: a package carries it.
+    """
+    from training.base_model import prepare
+
+    prepare(name, out, _catalog_of(run).space if run else None, replace=force)
+    console.print(f"{name} is in {out}", soft_wrap=True)
 
 
 @app.command()
@@ -203,6 +222,16 @@ def main() -> None:
         console.print("[bold red]error:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _catalog_of(run: Path) -> "Catalog":
+    """The catalogue of a run whose tokenizer stage is finished."""
+    from training.interactions import Dataset
+    from training.tokenizer.stage import TokenizedCatalog
+
+    if not (run / "tokenizer" / STAGE_FILE).exists():
+        raise StageError(f"{run} has no finished tokenizer stage: run `sidrec-train tokenizer --out {run} …` first")
+    return TokenizedCatalog.load(run / "tokenizer", Dataset.load(run / "data")).catalog
 
 
 def _qualified(stage: str, overrides: list[str] | None) -> list[str]:

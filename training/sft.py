@@ -1,8 +1,9 @@
 """Stage `sft`: teach a causal LM to write the next item's SID, on whole user sequences with a loss at every item.
 
-From scratch (a small Llama or Qwen3 over SID tokens, compact prompts) or from a pretrained checkpoint (its vocabulary
-extended by the SID block, chat prompts). The loss is the negative score that serving uses: per code, the log-softmax
-over the legal codes of its prefix, so what is trained is exactly the likelihood of the item.
+From scratch (a small Llama or Qwen3 over SID tokens, compact prompts) or from a base model (its vocabulary extended by
+the SID block, chat prompts, with a think block where the model shall learn to think later).
+The loss is the negative score that serving uses: per code, the log-softmax over the legal codes of its prefix, so what
+is trained is exactly the likelihood of the item.
 """
 
 import json
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semantic_ids.bundle import TOKENIZER, FileTokenizer, load_text_tokenizer
+from semantic_ids.bundle import load_text_tokenizer
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary, TokenIds
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
@@ -30,14 +31,15 @@ from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
     COMPACT_VERSION,
+    THINKING_VERSION,
     HistoryItem,
     PromptRenderer,
     PromptSpec,
-    TextTokenizer,
     make_renderer,
     window_start,
 )
 from semantic_ids.trie import ROOT
+from training.base_model import extend_pretrained
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.sequences import Sequences
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
@@ -56,7 +58,9 @@ _BATCHES_PER_BUCKET = 20  # rows of like length share a batch; lengths are compa
 class SftConfig(StageConfig):
     """The model and how it is trained."""
 
-    base_model: str | None = Field(None, description="a checkpoint's folder or hub name; absent: from scratch")
+    base_model: str | None = Field(
+        None, description="a checkpoint's folder, a hub name or smollm2-135m; absent: from scratch"
+    )
     architecture: Literal["llama", "qwen3"] = "llama"
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 4
@@ -64,6 +68,7 @@ class SftConfig(StageConfig):
     intermediate_size: PositiveInt = 384
     dropout: float = Field(0.2, ge=0, lt=1, description="of embeddings and of each block's output; not for base_model")
     max_history: PositiveInt = Field(50, description="most items in a prompt")
+    thinking: bool = Field(False, description="prompts with a think block, empty in this stage; for base_model only")
     batch_size: PositiveInt = 32
     max_epochs: PositiveInt = 30
     patience: PositiveInt = Field(4, description="epochs without a better validation loss before it stops")
@@ -74,6 +79,13 @@ class SftConfig(StageConfig):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass (autocast)")
     threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
+
+    @field_validator("thinking")
+    @classmethod
+    def _needs_words_to_think_in(cls, thinking: bool, others: ValidationInfo) -> bool:
+        if thinking and others.data.get("base_model") is None:
+            raise ValueError("a model from scratch knows SIDs only and cannot think: give sft.base_model too")
+        return thinking
 
 
 class SftSummary(Summary):
@@ -323,7 +335,7 @@ def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[S
 def build_model(
     config: SftConfig, catalog: Catalog, folder: Path
 ) -> tuple["PreTrainedModel", SidVocabulary, PromptRenderer]:
-    """A fresh or extended model with its SID block and its prompts."""
+    """A fresh or extended model with its SID block and its prompts; a base model's tokenizer goes into `model/`."""
     from transformers import AutoModelForCausalLM
 
     if config.base_model is None:
@@ -335,45 +347,17 @@ def build_model(
             vocabulary,
             make_renderer(PromptSpec(version=COMPACT_VERSION, max_history=config.max_history), vocabulary),
         )
-    model, vocabulary, tokenizer = extend_pretrained(config.base_model, catalog, folder)
-    renderer = make_renderer(PromptSpec(version=CHAT_VERSION, max_history=config.max_history), vocabulary, tokenizer)
-    return model, vocabulary, renderer
+    extended = extend_pretrained(config.base_model, catalog.space, config.seed)
+    extended.tokenizer.save_pretrained(folder / MODEL)
+    version = THINKING_VERSION if config.thinking else CHAT_VERSION
+    spec = PromptSpec(version=version, max_history=config.max_history)
+    return extended.model, extended.vocabulary, make_renderer(spec, extended.vocabulary, extended.text_tokenizer)
 
 
 def compact_vocabulary(catalog: Catalog) -> SidVocabulary:
     """The vocabulary of a model trained from scratch: the special tokens, then the SID block."""
     first = len(COMPACT_SPECIAL_TOKENS)
     return SidVocabulary(catalog.space, first, first + catalog.space.num_tokens)
-
-
-def extend_pretrained(
-    name: str, catalog: Catalog, folder: Path
-) -> tuple["PreTrainedModel", SidVocabulary, TextTokenizer]:
-    """A pretrained model with the SID block appended to its vocabulary, and its tokenizer, saved into `model/` too.
-
-    New rows start at the mean of the old ones plus noise of their spread, so that no new token begins as an outlier.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"sft.base_model={name!r} cannot be loaded: {error}. Give a checkpoint folder or a hub name"
-        ) from error
-    first = max(model.config.vocab_size, len(tokenizer))
-    vocabulary = SidVocabulary(catalog.space, first, first + catalog.space.num_tokens)
-    model.resize_token_embeddings(vocabulary.vocab_size, mean_resizing=False)
-    with torch.no_grad():
-        for weight in {
-            id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        }.values():
-            old = weight[:first]
-            weight[first:] = old.mean(0) + old.std(0) * 0.5 * torch.randn_like(weight[first:])
-    (folder / MODEL).mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.save(str(folder / MODEL / TOKENIZER))
-    return model, vocabulary, FileTokenizer(tokenizer.backend_tokenizer)
 
 
 def _fresh_config(config: SftConfig, vocabulary: SidVocabulary) -> "LlamaConfig | Qwen3Config":
@@ -437,10 +421,12 @@ def _warmup_cosine(step: int, total: int, warmup_share: float) -> float:
 
 
 def _save_model(model: "PreTrainedModel", path: Path) -> None:
+    """Replace the weights in `path`; the tokenizer's files stay."""
     staging = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
-    if (path / TOKENIZER).exists():
-        shutil.copy(path / TOKENIZER, staging / TOKENIZER)
+    for file in path.iterdir() if path.exists() else ():
+        if not (staging / file.name).exists():
+            shutil.copy(file, staging / file.name)
     shutil.rmtree(path, ignore_errors=True)
     staging.rename(path)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from semantic_ids.bundle import (
     CURRENT,
     MANIFEST,
+    TOKENIZER,
     Bundle,
     BundleError,
     BundleParts,
@@ -24,7 +25,7 @@ from semantic_ids.bundle import (
     publish,
 )
 from semantic_ids.codes import SidSpace
-from semantic_ids.prompt import CompactPrompt
+from semantic_ids.prompt import THINKING_VERSION, CompactPrompt, ThinkingChatPrompt
 from tests.semantic_ids.factories import (
     VOCAB_SIZE,
     bundle_parts,
@@ -34,6 +35,8 @@ from tests.semantic_ids.factories import (
     random_quantizer,
     vocabulary,
 )
+from tests.semantic_ids.test_prompt import CHAT_VOCABULARY, THINKING
+from tests.semantic_ids.test_prompt import TOKENIZER as TINY_TOKENIZER
 
 
 def no_trial(_bundle: Bundle) -> None:
@@ -114,6 +117,19 @@ def test_a_published_bundle_is_current_and_comes_back_whole(root: Path, parts: B
     assert isinstance(loaded.renderer, CompactPrompt)
     assert loaded.renderer.render(history_items([[0, 0, 0]])).token_ids.tolist() == [1, 16, 24, 32]
     assert (loaded.model_folder / "model.safetensors").read_bytes() == bytes(range(64))
+
+
+def test_a_bundle_that_thinks_comes_back_with_its_tokenizer(root: Path, tmp_path: Path):
+    parts = bundle_parts(tmp_path, prompt_version=THINKING_VERSION, model_vocab_size=CHAT_VOCABULARY.vocab_size)
+    TINY_TOKENIZER.save(str(parts.model_folder / TOKENIZER))
+    publish(root, replace(parts, vocabulary=CHAT_VOCABULARY), no_trial)
+    renderer = Bundle.load_current(root).renderer
+    assert isinstance(renderer, ThinkingChatPrompt)
+    assert renderer.thinking == THINKING.thinking
+    history = history_items([[0, 1, 2]])
+    thought = renderer.render(history, thinking=True).token_ids.tolist()
+    assert thought == THINKING.render(history, thinking=True).token_ids.tolist()
+    assert renderer.thought_text(thought) == TINY_TOKENIZER.decode(thought, skip_special_tokens=False)
 
 
 def test_the_manifest_names_every_other_file(bundle: Bundle):

@@ -1,5 +1,8 @@
 """Prompts: the stable prefix, the window, training rows that match serving, and titles that forge nothing."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,11 +18,14 @@ from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
     COMPACT_VERSION,
+    THINKING_TOKENS,
+    THINKING_VERSION,
     ChatPrompt,
     CompactPrompt,
     PromptError,
     PromptRenderer,
     PromptSpec,
+    ThinkingChatPrompt,
     make_renderer,
     window_start,
 )
@@ -33,24 +39,28 @@ SID = st.tuples(*[st.integers(0, 7)] * 3)
 HISTORY = st.lists(st.tuples(SID, st.text(max_size=100)), max_size=MAX_HISTORY)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, then ChatML's two special tokens, then the SID block: what `sft` makes of a checkpoint."""
+def byte_tokenizer(special_tokens: Sequence[str], space: SidSpace) -> Tokenizer:
+    """One token a byte, then the special tokens, then the SID block: what training makes of a base model's."""
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={character: place for place, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens(SPACE.all_tokens())
+    tokenizer.add_special_tokens([*special_tokens])
+    tokenizer.add_tokens(space.all_tokens())
     return tokenizer
 
 
-TOKENIZER = byte_tokenizer()
-IM_START, IM_END = 256, 257
-CHAT_VOCABULARY = SidVocabulary(SPACE, first_token_id=258, vocab_size=258 + SPACE.num_tokens)
+TOKENIZER = byte_tokenizer(["<|im_start|>", "<|im_end|>", *THINKING_TOKENS], SPACE)
+IM_START, IM_END, THINK, END_OF_THOUGHT = 256, 257, 258, 259
+NEW_LINE = TOKENIZER.encode("\n").ids[0]
+CHAT_VOCABULARY = SidVocabulary(SPACE, first_token_id=260, vocab_size=260 + SPACE.num_tokens)
 CHAT = ChatPrompt(PromptSpec(version=CHAT_VERSION, max_history=MAX_HISTORY), CHAT_VOCABULARY, FileTokenizer(TOKENIZER))
+THINKING = ThinkingChatPrompt(
+    PromptSpec(version=THINKING_VERSION, max_history=MAX_HISTORY), CHAT_VOCABULARY, FileTokenizer(TOKENIZER)
+)
 COMPACT_VOCABULARY = SidVocabulary(SPACE, len(COMPACT_SPECIAL_TOKENS), 64)
 COMPACT = CompactPrompt(PromptSpec(version=COMPACT_VERSION, max_history=MAX_HISTORY), COMPACT_VOCABULARY)
-RENDERERS: st.SearchStrategy[PromptRenderer] = st.sampled_from([COMPACT, CHAT])
+RENDERERS: st.SearchStrategy[PromptRenderer] = st.sampled_from([COMPACT, CHAT, THINKING])
 
 
 def items(history: list[tuple[tuple[int, ...], str]]):
@@ -148,10 +158,13 @@ def test_a_compact_training_row_is_the_serving_prompt_at_each_of_its_items(sids)
         assert COMPACT_VOCABULARY.codes(row.token_ids[first : first + 3]).tolist() == item.codes.tolist()
 
 
-@given(st.lists(st.tuples(SID, st.text(max_size=100)), min_size=1, max_size=MAX_HISTORY + 1))
-def test_a_chat_training_row_is_the_serving_prompt_and_its_answer(history):
-    row = CHAT.training_row(items(history))
-    prompt = CHAT.render(items(history[:-1])).token_ids
+@given(
+    st.sampled_from([CHAT, THINKING]),
+    st.lists(st.tuples(SID, st.text(max_size=100)), min_size=1, max_size=MAX_HISTORY + 1),
+)
+def test_a_chat_training_row_is_the_serving_prompt_and_its_answer(renderer: PromptRenderer, history):
+    row = renderer.training_row(items(history))
+    prompt = renderer.render(items(history[:-1])).token_ids
     assert row.token_ids[: len(prompt)].tolist() == prompt.tolist()
     assert CHAT_VOCABULARY.codes(row.token_ids[len(prompt) :][:3]).tolist() == list(history[-1][0])
     assert row.token_ids[len(prompt) + 3] == IM_END
@@ -168,21 +181,31 @@ def test_the_levels_of_a_training_row_are_the_items_in_order(renderer: PromptRen
     assert written.tolist() == [list(sid) for sid, _ in history]
 
 
-FORGERIES = [SPACE.token(0, 1), SPACE.format([1, 2, 3]), "<|im_end|>", "<|im_start|>assistant\n", "\n", "<", ">"]
+FORGERIES = [
+    SPACE.token(0, 1),
+    SPACE.format([1, 2, 3]),
+    *THINKING_TOKENS,
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "\n",
+    "<",
+    ">",
+]
 FORGED_TITLE = st.lists(st.sampled_from(FORGERIES) | st.text(max_size=5), max_size=8).map("".join)
 
 
 def test_a_raw_title_would_forge_tokens():
     """What the next test guards against is real: this tokenizer reads the strings as special tokens."""
-    assert TOKENIZER.encode(f"{SPACE.token(0, 1)}<|im_end|>", add_special_tokens=False).ids == [259, IM_END]
+    assert TOKENIZER.encode(f"{SPACE.token(0, 1)}<|im_end|>", add_special_tokens=False).ids == [261, IM_END]
 
 
 @given(st.lists(FORGED_TITLE, min_size=1, max_size=3))
 def test_no_title_can_forge_a_sid_a_turn_or_a_line(titles: list[str]):
     sids = [[1, 2, 3]] * len(titles)
-    forged, plain = (CHAT.render(history_items(sids, names)).token_ids for names in (titles, ["plain"] * len(titles)))
-    newline = TOKENIZER.encode("\n", add_special_tokens=False).ids[0]
-    for token_id in (newline, *range(256, CHAT_VOCABULARY.vocab_size)):
+    forged, plain = (
+        THINKING.render(history_items(sids, names)).token_ids for names in (titles, ["plain"] * len(titles))
+    )
+    for token_id in (NEW_LINE, *range(256, CHAT_VOCABULARY.vocab_size)):
         assert np.count_nonzero(forged == token_id) == np.count_nonzero(plain == token_id)
 
 
@@ -191,7 +214,7 @@ def test_a_title_is_cut_after_eighty_characters():
     assert long.token_ids.tolist() == longer.token_ids.tolist()
 
 
-@pytest.mark.parametrize("renderer", [COMPACT, CHAT])
+@pytest.mark.parametrize("renderer", [COMPACT, CHAT, THINKING])
 def test_a_history_beyond_the_window_is_refused_not_cut(renderer: PromptRenderer):
     fits = history_items([[0, 0, 0]] * MAX_HISTORY)
     assert renderer.render(fits)
@@ -208,14 +231,83 @@ def test_every_prompt_version_has_its_renderer():
     compact = make_renderer(PromptSpec(version=1, max_history=5), COMPACT_VOCABULARY)
     chat = make_renderer(PromptSpec(version=2, max_history=5), CHAT_VOCABULARY, FileTokenizer(TOKENIZER))
     assert (compact.version, type(compact)) == (COMPACT_VERSION, CompactPrompt)
+    thinking = make_renderer(PromptSpec(version=3, max_history=5), CHAT_VOCABULARY, FileTokenizer(TOKENIZER))
     assert (chat.version, type(chat)) == (CHAT_VERSION, ChatPrompt)
+    assert (thinking.version, type(thinking)) == (THINKING_VERSION, ThinkingChatPrompt)
 
 
 def test_an_unknown_version_is_refused_with_the_known_ones():
-    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2\]"):
+    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2, 3\]"):
         make_renderer(PromptSpec(version=99, max_history=5), COMPACT_VOCABULARY)
 
 
-def test_a_chat_prompt_without_a_tokenizer_is_refused():
+@pytest.mark.parametrize("version", [CHAT_VERSION, THINKING_VERSION])
+def test_a_chat_prompt_without_a_tokenizer_is_refused(version: int):
     with pytest.raises(PromptError, match="tokenizer"):
-        make_renderer(PromptSpec(version=CHAT_VERSION, max_history=5), CHAT_VOCABULARY)
+        make_renderer(PromptSpec(version=version, max_history=5), CHAT_VOCABULARY)
+
+
+@given(HISTORY)
+def test_the_thinking_prompt_is_the_chat_prompt_and_a_think_block(history):
+    """Empty: `<think>`, an empty line, `</think>`, an empty line. To think: `<think>` and a new line."""
+    chat, empty, to_think = (
+        CHAT.render(items(history)),
+        THINKING.render(items(history)),
+        THINKING.render(items(history), thinking=True),
+    )
+    length = len(chat.token_ids)
+    for prompt in (empty, to_think):
+        assert prompt.token_ids[:length].tolist() == chat.token_ids.tolist()
+        assert prompt.stable_length == chat.stable_length
+    assert empty.token_ids[length:].tolist() == [THINK, *[NEW_LINE] * 2, END_OF_THOUGHT, *[NEW_LINE] * 2]
+    assert to_think.token_ids[length:].tolist() == [THINK, NEW_LINE]
+
+
+def test_the_thinking_format_ends_a_thought_with_one_token():
+    assert THINKING.thinking is not None
+    assert THINKING.thinking.open == (THINK, NEW_LINE)
+    assert THINKING.thinking.close == (END_OF_THOUGHT, NEW_LINE, NEW_LINE)
+
+
+@pytest.mark.parametrize("renderer", [COMPACT, CHAT])
+def test_a_version_without_a_think_block_refuses_to_think(renderer: PromptRenderer):
+    assert renderer.thinking is None
+    for call in (lambda: renderer.render([], thinking=True), lambda: renderer.thought_text([1])):
+        with pytest.raises(PromptError, match=rf"version {renderer.version} has no think block.*sft.thinking=true"):
+            call()
+
+
+@pytest.mark.parametrize("known", [(), THINKING_TOKENS[:1], THINKING_TOKENS[1:]])
+def test_a_tokenizer_without_a_thinking_token_is_refused_by_the_tokens_name(known: tuple[str, ...]):
+    (missing, *_) = [token for token in THINKING_TOKENS if token not in known]
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>", *known], SPACE)
+    first = 258 + len(known)
+    vocabulary = SidVocabulary(SPACE, first, first + SPACE.num_tokens)
+    with pytest.raises(PromptError, match=f"no single token {missing}: give a checkpoint whose tokenizer knows it"):
+        ThinkingChatPrompt(THINKING.spec, vocabulary, FileTokenizer(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [SidVocabulary(SPACE, 261, 400), SidVocabulary(SidSpace(3, 9), 260, 400), SidVocabulary(SidSpace(4, 8), 260, 400)],
+)
+def test_a_tokenizer_with_other_sid_tokens_is_refused(vocabulary: SidVocabulary):
+    with pytest.raises(PromptError, match=r"tokenizer reads <\w_\d+> as .*, the vocabulary has it as"):
+        ThinkingChatPrompt(THINKING.spec, vocabulary, FileTokenizer(TOKENIZER))
+
+
+def test_a_thought_reads_as_text_with_its_sids_and_special_tokens():
+    thought = f"After {SPACE.format([1, 2, 3])} “Ōkami” 😀<|im_end|>\n"
+    assert THINKING.thought_text(TOKENIZER.encode(thought, add_special_tokens=False).ids) == thought
+
+
+@given(
+    st.lists(st.sampled_from([SPACE.token(0, 1), "😀", "é", "�", " "]) | st.text(max_size=4), max_size=6).map("".join)
+)
+def test_a_growing_thought_only_grows_in_text(thought: str):
+    """One token a byte: most places to stop are inside a character."""
+    token_ids = TOKENIZER.encode(thought, add_special_tokens=False).ids
+    shown = [THINKING.thought_text(token_ids[:length]) for length in range(len(token_ids) + 1)]
+    assert all(longer.startswith(shorter) for shorter, longer in pairwise(shown))
+    assert all("�" not in text for text in shown) or "�" in thought
+    assert shown[-1] == thought.rstrip("�")

@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
-from semantic_ids.prompt import CHAT_VERSION, COMPACT_VERSION, PromptRenderer, window_start
+from semantic_ids.prompt import CHAT_VERSION, COMPACT_VERSION, THINKING_VERSION, PromptRenderer, window_start
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
 from training.sequences import Sequences
 from training.sft import (
@@ -86,15 +87,17 @@ def random_split(seed: int = 0, count: int = 12) -> TargetSplit:
     return TargetSplit(Sequences.of(histories), rng.integers(0, NUM_ITEMS, count).astype(np.int32))
 
 
-@pytest.fixture(params=["compact llama", "compact qwen3", "chat llama", "chat qwen3", "chat phi"])
+@pytest.fixture(params=["compact llama", "compact qwen3", "chat llama", "chat qwen3", "chat phi", "thinking llama"])
 def built(
     request: pytest.FixtureRequest, pretrained: dict[str, Path], tmp_path: Path
 ) -> tuple[PreTrainedModel, SidVocabulary, PromptRenderer]:
     """A model of either prompt kind, ready to score, with weights that tell items apart."""
     kind, architecture = request.param.split()
-    base_model = str(pretrained[architecture]) if kind == "chat" else None
-    settings = {"architecture": architecture} if kind == "compact" else {}
-    model, vocabulary, renderer = build_model(config_of(base_model=base_model, **settings), CATALOG, tmp_path)
+    if kind == "compact":
+        config = config_of(architecture=architecture)
+    else:
+        config = config_of(base_model=str(pretrained[architecture]), thinking=kind == "thinking")
+    model, vocabulary, renderer = build_model(config, CATALOG, tmp_path)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith("lm_head.bias"):
@@ -240,15 +243,17 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
         assert not torch.equal(model.train(True)(token_ids).logits, model(token_ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_a_pretrained_checkpoint_goes_the_whole_way(tmp_path, pretrained, architecture):
+@pytest.mark.parametrize(("architecture", "thinking"), [("llama", False), ("qwen3", False), ("llama", True)])
+def test_a_pretrained_checkpoint_goes_the_whole_way(tmp_path, pretrained, architecture, thinking):
     base = AutoModelForCausalLM.from_pretrained(pretrained[architecture])
-    summary = train(tmp_path, base_model=str(pretrained[architecture]), max_epochs=3, learning_rate=0.005)
+    settings = {"max_epochs": 3, "learning_rate": 0.005, "thinking": thinking}
+    summary = train(tmp_path, base_model=str(pretrained[architecture]), **settings)
     trained = TrainedModel.load(tmp_path, CATALOG)
-    assert trained.renderer.spec.version == CHAT_VERSION
-    assert trained.vocabulary.first_token_id == base.config.vocab_size
-    assert trained.vocabulary.vocab_size == base.config.vocab_size + CATALOG.space.num_tokens
-    assert (trained.folder / "tokenizer.json").exists()
+    assert trained.renderer.spec.version == (THINKING_VERSION if thinking else CHAT_VERSION)
+    assert trained.vocabulary.first_token_id == base.config.vocab_size + 2  # the thinking tokens come before
+    assert trained.vocabulary.vocab_size == base.config.vocab_size + 2 + CATALOG.space.num_tokens
+    tokenizer = AutoTokenizer.from_pretrained(trained.folder)
+    assert tokenizer.convert_tokens_to_ids(CATALOG.space.token(0, 0)) == trained.vocabulary.first_token_id
     served = decoded_scores(trained.load_decoder(), trained.renderer, VALIDATION)
     assert served.mean() == pytest.approx(summary.validation_log_likelihood, abs=1e-4)
     assert summary.validation_log_likelihood > -np.log(NUM_ITEMS)
@@ -257,14 +262,14 @@ def test_a_pretrained_checkpoint_goes_the_whole_way(tmp_path, pretrained, archit
 def test_new_rows_of_a_pretrained_model_start_like_its_old_ones(tmp_path, pretrained):
     base = AutoModelForCausalLM.from_pretrained(pretrained["qwen3"])
     model, vocabulary, _ = build_model(config_of(base_model=str(pretrained["qwen3"])), CATALOG, tmp_path)
-    first = vocabulary.first_token_id
+    first = len(base.get_input_embeddings().weight)
     for old, new in (
         (base.get_input_embeddings().weight.data, model.get_input_embeddings().weight.data),
         (base.get_output_embeddings().weight.data, model.get_output_embeddings().weight.data),
     ):
         assert torch.equal(new[:first], old)
         assert len(new) == vocabulary.vocab_size
-        assert len(torch.unique(new[first:], dim=0)) == CATALOG.space.num_tokens
+        assert len(torch.unique(new[first:], dim=0)) == 2 + CATALOG.space.num_tokens  # the thinking tokens too
         assert new[first:].std().item() == pytest.approx(0.5 * old.std().item(), rel=0.3)
 
 
@@ -321,8 +326,13 @@ def test_heads_that_do_not_divide_the_width_are_named(tmp_path):
 
 
 def test_a_base_model_that_is_not_there_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(StageError, match=r"sft.base_model='/no/such/model' cannot be loaded.*Give a checkpoint folder"):
+    with pytest.raises(StageError, match=r"base model '/no/such/model' cannot be loaded.*Give a checkpoint folder"):
         train(tmp_path, base_model="/no/such/model")
+
+
+def test_a_model_from_scratch_cannot_think():
+    with pytest.raises(ValidationError, match=r"knows SIDs only and cannot think: give sft.base_model too"):
+        config_of(thinking=True)
 
 
 def test_nobody_to_validate_on_is_refused(tmp_path):
