@@ -222,7 +222,7 @@ class TreeAttention:
 class PagedTreeDecoder:
     """`semantic_ids.decoding`'s decoder on vLLM's model. Runs between two engine steps, on the worker's thread."""
 
-    def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, vocabulary: SidVocabulary) -> None:
+    def __init__(self, model: Any, vllm_config: VllmConfig, vocabulary: SidVocabulary) -> None:  # noqa: ANN401
         _refuse_unsupported(vllm_config)
         self._model = model
         self._vllm_config = vllm_config
@@ -237,7 +237,7 @@ class PagedTreeDecoder:
         self._group = first.num_heads // first.num_kv_heads
         self._kv_shape = (len(self._layers), first.num_kv_heads)
         self._head_size = first.head_size
-        self._device = first.kv_cache.device
+        self._device: torch.device = first.kv_cache.device
         head = model.lm_head
         if vllm_config.parallel_config.tensor_parallel_size == 1 and head.weight.shape[0] < vocabulary.vocab_size:
             raise UnsupportedModelError(

@@ -14,6 +14,10 @@ from semantic_ids.filters import ItemFilter, RankBitmap
 from semantic_ids.trie import Ranks
 
 RANK_DTYPE = np.dtype("<u4")
+SCORE_DTYPE = np.dtype("<f4")
+
+CAPTURE_ARG = "sid_capture"
+"""The key in `SamplingParams.extra_args` of a prompt that is to be captured."""
 
 ErrorKind: TypeAlias = Literal[
     "bad_request",  # malformed arguments

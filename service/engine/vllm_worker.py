@@ -15,7 +15,6 @@ from typing import Any
 import structlog
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from semantic_ids.decoding.beam import BeamWork, ScoredItems, constrained_beam
@@ -23,11 +22,18 @@ from semantic_ids.filters import ItemFilter
 from service.engine.batching import run_isolated
 from service.engine.vllm_runner import Capture, PagedState, PagedTreeDecoder
 from service.engine.vllm_store import STORE
-from service.engine.vllm_wire import BeamReport, BeamRequest, SidRequestError, pack_ranks, room_for
+from service.engine.vllm_wire import (
+    CAPTURE_ARG,
+    SCORE_DTYPE,
+    BeamReport,
+    BeamRequest,
+    SidRequestError,
+    pack_ranks,
+    room_for,
+)
 
 log = structlog.get_logger(__name__)
 
-CAPTURE_ARG = "sid_capture"
 MAX_CAPTURE_AGE_S = 120.0
 """A capture that nobody asked for in this time is dropped: its caller has died."""
 
@@ -81,6 +87,20 @@ class SidWorkerMixin:
         """Keep a category bitmap for the requests that will name it."""
         STORE.put_bitmap(catalog_id, digest, packed)
 
+    def sid_check(self, key: str, extended_key: str, token_ids: Sequence[int]) -> float:
+        """How far the tree's continuation of a prompt is from vLLM's own run of prompt and `token_ids` in one piece.
+
+        Relative error of the last hidden state; both prompts were captured before.
+        """
+        decoder = self._ready_decoder()
+        start, expected = self._captures.pop(key).capture, self._captures.pop(extended_key).capture.hidden.float()
+        state = PagedState([start], len(token_ids))
+        rows, hidden = state.root, state.last_hidden
+        for token_id in token_ids:
+            parents = torch.zeros((1, 1), dtype=torch.long, device=decoder.device)
+            hidden, rows = decoder.extend(state, rows, parents, torch.full_like(parents, token_id))
+        return float((hidden.flatten().float() - expected).norm() / expected.norm())
+
     def sid_drop(self, key: str) -> None:
         """Forget a prompt whose caller gave up."""
         self._captures.pop(key, None)
@@ -126,10 +146,16 @@ class SidWorkerMixin:
         return [next(found) if isinstance(job, _Job) else job for job in jobs]
 
     def _job(self, catalog_id: str, request: BeamRequest) -> "_Job":
-        kept = self._captures.pop(request.key, None)
-        item_filter = STORE.item_filter(STORE.snapshot(catalog_id), request.item_filter)
+        kept = self._captures.get(request.key)
         if kept is None:
             raise SidRequestError("unknown_capture", f"no prompt was captured under {request.key!r}")
+        try:
+            item_filter = STORE.item_filter(STORE.snapshot(catalog_id), request.item_filter)
+        except SidRequestError as error:
+            if error.kind != "unknown_bitmap":  # the bitmap is sent, and the same prompt asked for again
+                del self._captures[request.key]
+            raise
+        del self._captures[request.key]
         return _Job(kept.capture, item_filter, request.width)
 
     def _beam(
@@ -206,11 +232,7 @@ def _as_wire(answer: ScoredItems | Exception) -> dict[str, Any]:
     if isinstance(answer, Exception):
         log.error("beam_failed", exc_info=answer)
         return SidRequestError("internal", f"the beam failed: {type(answer).__name__}").as_wire()
-    return {"ranks": pack_ranks(answer.ranks), "scores": answer.scores.astype("<f4").tobytes()}
-
-
-class SidCPUWorker(SidWorkerMixin, CPUWorker):  # type: ignore[misc]
-    """On CPUs."""
+    return {"ranks": pack_ranks(answer.ranks), "scores": answer.scores.astype(SCORE_DTYPE).tobytes()}
 
 
 class SidGPUWorker(SidWorkerMixin, Worker):  # type: ignore[misc]

