@@ -42,6 +42,7 @@ test: ## all checks and tests (installs what they need)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest tests/service/vllm $(PYTEST_ARGS)
 
 lint: ## format and fix
 	@scripts/bootstrap.sh dev

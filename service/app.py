@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.util import find_spec
 from typing import TypeAlias
 
 import structlog
@@ -15,7 +16,7 @@ from service.engine.base import Engine
 from service.histories import Histories, connect
 from service.metrics import Metrics
 from service.middleware import Instrumented
-from service.recommender import Recommender
+from service.recommender import Recommender, ThinkingLimits
 from service.redis_server import EmbeddedRedis, check_durability
 from service.security import ApiKeys
 from service.settings import Settings
@@ -28,10 +29,24 @@ EngineFactory: TypeAlias = Callable[[Bundle, Settings, Metrics], Engine]
 
 def make_engine(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
     """The engine that the settings name. Imported here, so that the rest of the service needs no torch."""
+    if settings.engine == "vllm" or (settings.engine == "auto" and find_spec("vllm") is not None):
+        from service.engine.vllm_engine import VllmEngine, VllmEngineConfig
+
+        return VllmEngine(
+            bundle,
+            VllmEngineConfig(
+                replicas=settings.vllm_replicas,
+                max_batch=settings.max_batch,
+                dtype=settings.dtype,
+                kv_cache_gib=settings.vllm_kv_cache_gib,
+                threads=settings.decode_threads,
+                engine_args=settings.vllm_args,
+            ),
+            metrics,
+        )
     from service.engine.local import LocalEngine, LocalEngineConfig
 
-    config = LocalEngineConfig(settings.decode_threads, settings.max_batch, settings.dtype)
-    return LocalEngine(bundle, config, metrics)
+    return LocalEngine(bundle, LocalEngineConfig(settings.decode_threads, settings.max_batch, settings.dtype), metrics)
 
 
 def create_app(
@@ -86,12 +101,13 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
     engine = engine_factory(bundle, settings, metrics)
     stack.push_async_callback(engine.stop)
     await engine.start()
+    limits = ThinkingLimits(settings.think_max_tokens, settings.think_max_seconds)
     return State(
         bundle=bundle,
         engine=engine,
         redis=redis,
         histories=histories,
-        recommender=Recommender(bundle, engine, histories, metrics, settings.beam_width),
+        recommender=Recommender(bundle, engine, histories, metrics, settings.beam_width, limits),
         admission=Admission(settings.max_in_flight, metrics),
         api_keys=ApiKeys(settings.api_key_hashes),
         metrics=metrics,

@@ -86,20 +86,18 @@ def install(app: FastAPI) -> None:
     """Make every error of `app` a problem document; unforeseen ones are `unexpected`, answered by the middleware."""
 
     async def on_problem(request: Request, problem: Problem) -> JSONResponse:
-        return _respond(
-            request, problem.status, problem.type, problem.title, problem.detail, problem.errors, problem.headers
-        )
+        return _respond(problem_document(request, problem), problem.headers)
 
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         errors = [_field_error(one) for one in error.errors()]
         detail = f"{len(errors)} field{'s' if len(errors) > 1 else ''} of the request cannot be accepted; see errors"
-        return _respond(request, 422, "invalid-request", "Invalid request", detail, errors)
+        return _respond(_document(request, 422, "invalid-request", "Invalid request", detail, errors))
 
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
         title = HTTPStatus(error.status_code).phrase
         kind = title.lower().replace(" ", "-")
         detail = f"{request.method} {request.scope['path']}: {error.detail}"
-        return _respond(request, error.status_code, kind, title, detail, headers=error.headers)
+        return _respond(_document(request, error.status_code, kind, title, detail), error.headers)
 
     app.add_exception_handler(Problem, on_problem)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]
@@ -108,7 +106,14 @@ def install(app: FastAPI) -> None:
 
 def unexpected(request: Request) -> JSONResponse:
     """The answer to a fault of our own."""
-    return _respond(request, 500, "internal-error", "Internal error", "The service failed; its log has the request id.")
+    return _respond(_unexpected(request))
+
+
+def problem_document(request: Request, error: Exception) -> ProblemDocument:
+    """What a client is told of `error`: of anything but a `Problem`, only that it happened."""
+    if isinstance(error, Problem):
+        return _document(request, error.status, error.type, error.title, error.detail, error.errors)
+    return _unexpected(request)
 
 
 def request_id_of(request: Request) -> str:
@@ -121,16 +126,16 @@ def _field_error(error: Mapping[str, Any]) -> FieldError:
     return FieldError(path=path, message=str(error["msg"]))
 
 
-def _respond(
-    request: Request,
-    status: int,
-    kind: str,
-    title: str,
-    detail: str,
-    errors: Sequence[FieldError] = (),
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    document = ProblemDocument(
+def _unexpected(request: Request) -> ProblemDocument:
+    return _document(
+        request, 500, "internal-error", "Internal error", "The service failed; its log has the request id."
+    )
+
+
+def _document(
+    request: Request, status: int, kind: str, title: str, detail: str, errors: Sequence[FieldError] = ()
+) -> ProblemDocument:
+    return ProblemDocument(
         type=f"urn:sidrec:{kind}",
         title=title,
         status=status,
@@ -138,4 +143,7 @@ def _respond(
         request_id=request_id_of(request),
         errors=list(errors),
     )
-    return JSONResponse(document.model_dump(), status, dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def _respond(document: ProblemDocument, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(document.model_dump(), document.status, dict(headers or {}), media_type=MEDIA_TYPE)

@@ -51,6 +51,39 @@ class Metrics:
             "Prefixes with one SID left, which need no forward pass.",
             registry=self.registry,
         )
+        self.engine_masked_share = Histogram(
+            "sidrec_engine_masked_share",
+            "Share of codes that were illegal, per search.",
+            buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0),
+            registry=self.registry,
+        )
+        self.engine_prompt_tokens = Counter(
+            "sidrec_engine_prompt_tokens",
+            "Prompt tokens found in the prefix cache, and computed.",
+            ("from",),
+            registry=self.registry,
+        )
+        self.engine_prefill_seconds = Histogram(
+            "sidrec_engine_prefill_seconds",
+            "From a prompt's submission to its capture, waiting included.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.engine_beam_seconds = Histogram(
+            "sidrec_engine_beam_seconds",
+            "One call of the beam inside vLLM's process.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.engine_captures = Gauge(
+            "sidrec_engine_captures", "Prompts captured and not yet searched.", registry=self.registry
+        )
+        self.engine_restarts = Counter(
+            "sidrec_engine_restarts", "Engine processes made anew after a death.", registry=self.registry
+        )
+        self.engine_request_errors = Counter(
+            "sidrec_engine_request_errors", "Requests that failed inside the engine.", ("kind",), registry=self.registry
+        )
         self.engine_think_tokens = Counter(
             "sidrec_engine_think_tokens", "Tokens of thoughts, closes not counted.", registry=self.registry
         )
@@ -60,8 +93,9 @@ class Metrics:
         self.bundle = Gauge("sidrec_bundle", "1 for the bundle being served.", ("bundle",), registry=self.registry)
         self.catalog_epoch = Gauge("sidrec_catalog_epoch", "The catalogue epoch being served.", registry=self.registry)
 
-    def count_beam_work(self, steps: int, beams: int, closed_beams: int) -> None:
+    def count_beam_work(self, steps: int, beams: int, closed_beams: int, masked_share: float) -> None:
         """Add what one search did."""
+        self.engine_masked_share.observe(masked_share)
         self.engine_steps.inc(steps)
         self.engine_beams.inc(beams)
         self.engine_closed_beams.inc(closed_beams)

@@ -6,7 +6,7 @@ from http import HTTPMethod
 
 import structlog
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
@@ -17,6 +17,7 @@ log = structlog.get_logger(__name__)
 
 _GIVEN_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _METHODS = frozenset(HTTPMethod)
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that did not wait for its answer
 
 
 class Instrumented:
@@ -53,6 +54,8 @@ class Instrumented:
 
         try:
             await self._app(scope, receive, instrumented_send)
+        except ClientDisconnect:
+            status = _CLIENT_CLOSED_REQUEST
         except Exception:
             log.exception("unexpected_error", path=scope["path"], request_id=request_id)
             if has_started:

@@ -1,9 +1,10 @@
 """The HTTP endpoints: validate, admit, hand over, answer. No logic of their own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import PlainTextResponse
@@ -12,7 +13,9 @@ from redis.exceptions import RedisError
 from service.errors import BadRequestProblem, ProblemDocument, UnavailableProblem
 from service.histories import Event, HistoryUnavailableError
 from service.metrics import CONTENT_TYPE
+from service.recommender import TextListener
 from service.schemas import (
+    Answer,
     DeadlineMs,
     EventsRequest,
     EventsResponse,
@@ -28,13 +31,30 @@ from service.schemas import (
     UserRequest,
     VersionsResponse,
 )
+from service.sse import EventStream, prefers_events
 from service.state import State
 
 T = TypeVar("T")
 R = TypeVar("R", bound=UserRequest)
+A = TypeVar("A", bound=Answer)
 
 _PROBLEM = {"model": ProblemDocument, "description": "Problem document (RFC 9457)"}
 PROBLEMS = dict.fromkeys((401, 404, 422, 503), _PROBLEM)
+
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'event: thought\ndata: {"text":"You bought a kettle"}\n\n'
+                'event: answer\ndata: {"recommendation_id":"01J…","items":[…],…}\n\n',
+            }
+        },
+        "description": "The answer. With `Accept: text/event-stream`: the thought of `reasoning` as it is written "
+        "(`thought` events, `{text}`), then one `answer` event with the same object as the plain answer, or one "
+        "`problem` event with a problem document; comments keep the connection alive.",
+    }
+}
 
 
 async def get_state(request: Request) -> State:
@@ -63,14 +83,18 @@ operations = APIRouter(tags=["operations"])
 DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
 
 
-@api.post("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
+@api.post(
+    "/recommend",
+    tags=["recommendations"],
+    dependencies=[Depends(admitted)],
+    response_model=RecommendResponse,
+    responses=_STREAMED,
+)
 async def recommend(
     body: RecommendRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
-) -> RecommendResponse:
+) -> RecommendResponse | EventStream:
     """The items a user will most likely choose next."""
-    answer = await state.recommender.recommend(_with_deadline(body, deadline))
-    request.scope["sidrec_timings_ms"] |= answer.timings_ms
-    return answer
+    return await _answer(request, partial(state.recommender.recommend, _with_deadline(body, deadline)))
 
 
 @api.get("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
@@ -82,17 +106,22 @@ async def recommend_by_query(
     deadline: DeadlineHeader = None,
 ) -> RecommendResponse:
     """The same with defaults."""
-    return await recommend(RecommendRequest(user_id=user_id, num_items=num_items), request, state, deadline)
+    body = _with_deadline(RecommendRequest(user_id=user_id, num_items=num_items), deadline)
+    return await _timed(request, state.recommender.recommend(body))
 
 
-@api.post("/rerank", tags=["recommendations"], dependencies=[Depends(admitted)])
+@api.post(
+    "/rerank",
+    tags=["recommendations"],
+    dependencies=[Depends(admitted)],
+    response_model=RerankResponse,
+    responses=_STREAMED,
+)
 async def rerank(
     body: RerankRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
-) -> RerankResponse:
+) -> RerankResponse | EventStream:
     """Candidates in the order in which the user will most likely choose them."""
-    answer = await state.recommender.rerank(_with_deadline(body, deadline))
-    request.scope["sidrec_timings_ms"] |= answer.timings_ms
-    return answer
+    return await _answer(request, partial(state.recommender.rerank, _with_deadline(body, deadline)))
 
 
 @api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
@@ -187,6 +216,20 @@ def service_version() -> str:
         return version("sidrec")
     except PackageNotFoundError:
         return "unpackaged"
+
+
+async def _answer(request: Request, ask: Callable[[TextListener | None], Awaitable[A]]) -> A | EventStream:
+    """The answer, or the stream of its events where the client prefers that."""
+    if prefers_events(request.headers.getlist("accept")):
+        return EventStream(request, lambda on_thought: _timed(request, ask(on_thought)))
+    return await _timed(request, ask(None))
+
+
+async def _timed(request: Request, work: Awaitable[A]) -> A:
+    """The answer, its stage times noted for the response's headers."""
+    answer = await work
+    request.scope["sidrec_timings_ms"] |= answer.timings_ms
+    return answer
 
 
 async def _or_unavailable(state: State, work: Awaitable[T]) -> T:

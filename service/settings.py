@@ -3,7 +3,7 @@
 import ipaddress
 import string
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -33,11 +33,18 @@ class Settings(BaseSettings):
     history_max_stored: int = Field(1_000, ge=1, le=5_000, description="history entries kept per user")
     history_ttl_days: int | None = Field(None, ge=1, description="a user without events for so long is forgotten")
 
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "vllm", "auto"] = Field("local", description="auto: vLLM where it is installed")
     beam_width: int = Field(20, ge=1, le=500, description="width is the larger of this and num_items")
     max_batch: int = Field(16, ge=1)
     decode_threads: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    vllm_replicas: int = Field(1, ge=1, le=64, description="processes of the vLLM engine; on CPUs each uses one core")
+    vllm_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one replica, on CPUs")
+    vllm_args: dict[str, Any] = Field({}, description="further engine arguments of vLLM's, as a JSON object")
+    think_max_tokens: int = Field(128, ge=1, le=4_096, description="most tokens of one thought")
+    think_max_seconds: float = Field(
+        2.0, gt=0, le=60, description="longest thought; a request's deadline may cut it shorter"
+    )
     max_in_flight: int = Field(256, ge=1, description="requests answered at once; more are shed with 503")
 
     celery_broker_url: str = "redis://127.0.0.1:6379/1"

@@ -65,8 +65,8 @@ class UserContexts:
             _, unknown = self._catalog.ranks_of(dict.fromkeys(request.inline_items()))
         return UserContext(ranks, seen, excluded, list(dict.fromkeys(unknown)), unavailable)
 
-    def prompt(self, context: UserContext) -> np.ndarray:
-        """The prompt's token ids."""
+    def prompt(self, context: UserContext, *, thinking: bool) -> np.ndarray:
+        """The token ids of the prompt that asks for a SID, or with `thinking` for a thought before it."""
         codes, titles = self._catalog.codes[context.history], self._catalog.titles.take(context.history)
         items = [HistoryItem(*item) for item in zip(codes, titles, strict=True)]
-        return self._renderer.render(items).token_ids
+        return self._renderer.render(items, thinking=thinking).token_ids

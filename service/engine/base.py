@@ -5,7 +5,7 @@ sequence of thinking (free text up to a close), forced tokens, and codes. So rea
 other programs, not other protocols. This module imports no torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -168,11 +168,11 @@ def check_request(request: DecodeRequest, catalog: Catalog) -> None:
         raise EngineError(f"a prompt of {len(request.prompt)} tokens and a width of {request.width} cannot be decoded")
 
 
-async def canary(engine: Engine, bundle: Bundle) -> None:
+async def canary(decode: Callable[[DecodeRequest], Awaitable[DecodeResult]], bundle: Bundle) -> None:
     """Decode one request for the likeliest item; `EngineError` unless a finite score comes back."""
     catalog = bundle.catalog
     prompt = bundle.renderer.render([]).token_ids
-    answer = await engine.decode(
+    answer = await decode(
         DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, sid_program(catalog.space), catalog.epoch)
     )
     if len(answer.ranks) == 0 or not np.isfinite(answer.scores).all():

@@ -122,7 +122,7 @@ class LocalEngine:
         """Load the checkpoint and decode a canary in the worker thread."""
         self._decoder = await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
         self._batcher.start()
-        await canary(self, self._bundle)
+        await canary(self.decode, self._bundle)
         self._has_answered_canary = True
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
@@ -186,7 +186,7 @@ class LocalEngine:
             work=work,
         )
         seconds = time.monotonic() - start
-        self._metrics.count_beam_work(work.steps, work.beams, work.closed_beams)
+        self._metrics.count_beam_work(work.steps, work.beams, work.closed_beams, work.masked_share)
         results = [DecodeResult(answer.ranks, answer.scores, decode_s=seconds) for answer in answers]
         return results if thought is None else [_with_thought(results[0], thought)]
 

@@ -67,7 +67,7 @@ AFFINITY_TOKENS = 128
 """The head of a prompt that decides its replica: longer than an instruction, shorter than most histories."""
 
 _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-_MAX_BACK_OFF_S = 30.0
+_FIRST_BACK_OFF_S, _MAX_BACK_OFF_S = 1.0, 30.0
 _POLL_S = 0.2
 
 
@@ -200,7 +200,14 @@ class _Replica:
             group=lambda beam: beam.forced,
             on_batch=metrics.engine_batch_size.observe,
         )
-        self.problem: str | None = "the vLLM engine is starting"
+        self._state: str | None = "the vLLM engine is starting"
+
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no requests; None while it does."""
+        if self._state is None and (self._dead.is_set() or self._llm is None or self._llm.errored):
+            return "the vLLM engine died and is being restarted"
+        return self._state
 
     @property
     def load(self) -> int:
@@ -248,7 +255,7 @@ class _Replica:
 
     async def stop(self) -> None:
         """Answer what is inside, then end the process."""
-        was_running, self.problem = self.problem is None, "the vLLM engine has stopped"
+        was_running, self._state = self.problem is None, "the vLLM engine has stopped"
         if was_running:
             await self._is_empty.wait()
         if self._watch is not None:
@@ -416,7 +423,7 @@ class _Replica:
         await self._check()
         await canary(self._decode_now, self._bundle)
         self._open.set()
-        self.problem = None
+        self._state = None
         log.info("vllm_replica_ready", replica=self._number, seconds=round(time.monotonic() - started_at, 1))
 
     async def _check(self) -> None:
@@ -451,18 +458,18 @@ class _Replica:
         while True:
             await self._wait_for_death()
             self._open.clear()
-            self.problem = "the vLLM engine died and is being restarted"
+            self._state = "the vLLM engine died and is being restarted"
             log.error("vllm_replica_died", replica=self._number)
             failures = 0
-            while self.problem is not None:
+            while self._state is not None:
                 await self._end()
                 try:
                     await self._make()
                     self._metrics.engine_restarts.inc()
                 except EngineError as error:
-                    self.problem = f"the vLLM engine does not restart: {error}"
+                    self._state = f"the vLLM engine does not restart: {error}"
                     log.exception("vllm_replica_not_restarted", replica=self._number, failures=failures)
-                    await asyncio.sleep(min(_MAX_BACK_OFF_S, 2.0**failures))
+                    await asyncio.sleep(min(_MAX_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**failures))
                     failures += 1
 
     async def _wait_for_death(self) -> None:

@@ -15,6 +15,8 @@ from semantic_ids.filters import ItemFilter, RankBitmap
 from service.engine.vllm_wire import SidRequestError, WireFilter, unpack_bitmap, unpack_ranks
 
 MAX_BITMAPS = 256
+MAX_ERRORS = 4096
+"""Errors of sampled rows that wait to be asked for; a caller that never asks must not cost memory."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class SidStore:
     def __init__(self) -> None:
         self._catalogs: dict[str, CatalogSnapshot] = {}
         self._bitmaps: OrderedDict[tuple[str, str], RankBitmap] = OrderedDict()
+        self._errors: OrderedDict[str, SidRequestError] = OrderedDict()
 
     def load(self, bundle_path: Path) -> str:
         """Map a bundle's catalogue; its id, also when it was there already."""
@@ -84,6 +87,17 @@ class SidStore:
         if item_filter.num_eligible == 0:
             raise SidRequestError("empty_allowed_set", "the filter leaves no item: that is no request for the model")
         return item_filter
+
+    def put_error(self, name: str, error: SidRequestError) -> None:
+        """Keep why the sampled row of this name was ended; the oldest error is forgotten."""
+        self._errors[name] = error
+        self._errors.move_to_end(name)
+        if len(self._errors) > MAX_ERRORS:
+            self._errors.popitem(last=False)
+
+    def take_error(self, name: str) -> SidRequestError | None:
+        """Why the sampled row of this name was ended, once; None if it was not."""
+        return self._errors.pop(name, None)
 
 
 def catalog_id_of(bundle: Bundle) -> str:

@@ -13,6 +13,7 @@ from semantic_ids.bundle import Bundle, publish
 from service.settings import Settings
 from tests.service.engines import instant
 from tests.service.running import Service, running
+from tests.service.thinking import publish_thinking
 from tests.service.world import make_parts
 
 _user_numbers = count()
@@ -51,6 +52,18 @@ def bundle(bundles: Path) -> Bundle:
     return Bundle.load_current(bundles)
 
 
+@pytest.fixture(scope="session")
+def reciting(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose model thinks `thinking.THOUGHT` and closes it."""
+    return publish_thinking(tmp_path_factory.mktemp("reciting"))
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose model never closes a thought."""
+    return publish_thinking(tmp_path_factory.mktemp("endless"), None)
+
+
 @pytest.fixture
 def settings(bundles: Path, tmp_path: Path) -> Settings:
     """Settings with an embedded Redis of the test's own."""
@@ -67,6 +80,14 @@ def user_id() -> str:
 async def service(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     """The service with its local engine, shared by the tests of a module."""
     async with running(Settings(bundles=bundles, data_dir=tmp_path_factory.mktemp("redis"))) as service:
+        yield service
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def thinking(reciting: Bundle, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+    """The service with its local engine on the reciting model, shared by the tests of a module."""
+    settings = Settings(bundles=reciting.path.parent, data_dir=tmp_path_factory.mktemp("redis"))
+    async with running(settings) as service:
         yield service
 
 

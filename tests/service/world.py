@@ -129,15 +129,20 @@ def ids_of(answer: dict[str, Any]) -> list[str]:
     return [item["item_id"] for item in answer["items"]]
 
 
-def make_parts(folder: Path, *, weight: float | None = None) -> BundleParts:
-    """What training would hand over; `weight` overwrites every weight of the model."""
+def make_model(**config: int) -> LlamaForCausalLM:
+    """A tiny model with random weights, always the same; `config` overrides its sizes."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True,
-        initializer_range=0.4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    defaults = {
+        "vocab_size": VOCABULARY.vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "tie_word_embeddings": True,
+        "initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**defaults | config))
+
+
+def make_parts(folder: Path, *, weight: float | None = None, **config: int) -> BundleParts:
+    """What training would hand over; `weight` overwrites every weight of the model, `config` its sizes."""
+    model = make_model(**config)
     if weight is not None:
         with torch.no_grad():
             for parameter in model.parameters():
