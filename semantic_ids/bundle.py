@@ -133,6 +133,11 @@ class Bundle:
         return self.path.name
 
     @property
+    def catalog_id(self) -> str:
+        """What pins a request to this catalogue at this epoch: ranks mean nothing in another one."""
+        return f"{self.bundle_id}@{self.catalog.epoch}"
+
+    @property
     def vocabulary(self) -> SidVocabulary:
         """The SID space in the model's vocabulary."""
         return self.manifest.vocabulary

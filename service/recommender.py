@@ -143,7 +143,7 @@ class Recommender:
             item_filter=item_filter,
             width=max(self._beam_width, num_items),
             program=self._program(think),
-            catalog_epoch=self._catalog.epoch,
+            catalog_id=self._bundle.catalog_id,
         )
         left_s = call.left_s()
         try:

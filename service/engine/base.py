@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace, TokenIds
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import Ranks
@@ -108,7 +107,7 @@ class DecodeRequest:
     item_filter: ItemFilter
     width: int
     program: StepProgram
-    catalog_epoch: int
+    catalog_id: str  # the `Bundle.catalog_id` that prompt and filter were made for
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,10 @@ class Engine(Protocol):
         ...
 
 
-def check_request(request: DecodeRequest, catalog: Catalog) -> None:
+def check_request(request: DecodeRequest, bundle: Bundle) -> None:
     """Refuse alone what would fail a whole batch."""
-    if request.catalog_epoch != catalog.epoch:
-        raise EngineError(f"request for catalogue epoch {request.catalog_epoch}, the engine has {catalog.epoch}")
+    if request.catalog_id != bundle.catalog_id:
+        raise EngineError(f"request for catalogue {request.catalog_id!r}, the engine has {bundle.catalog_id!r}")
     if request.item_filter.num_eligible == 0:
         raise EngineError("a filter that leaves no item reached the engine")
     if not len(request.prompt) or request.width < 1:
@@ -173,7 +172,7 @@ async def canary(decode: Callable[[DecodeRequest], Awaitable[DecodeResult]], bun
     catalog = bundle.catalog
     prompt = bundle.renderer.render([]).token_ids
     answer = await decode(
-        DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, sid_program(catalog.space), catalog.epoch)
+        DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, sid_program(catalog.space), bundle.catalog_id)
     )
     if len(answer.ranks) == 0 or not np.isfinite(answer.scores).all():
         raise EngineError(f"bundle {bundle.bundle_id}: the canary request was answered with {answer}")

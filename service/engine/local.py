@@ -31,7 +31,7 @@ from service.engine.base import (
     check_request,
     plan,
 )
-from service.engine.batching import Batcher
+from service.engine.batching import Batcher, run_isolated
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -127,7 +127,7 @@ class LocalEngine:
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Queue one request and wait for its batch."""
-        check_request(request, self._bundle.catalog)
+        check_request(request, self._bundle)
         steps = plan(request.program, self._bundle.catalog.space.num_levels)
         if steps.think is not None and self._decoder is not None and self._decoder.max_positions is not None:
             steps = replace(steps, think=_within(self._decoder.max_positions, request, steps, steps.think))
@@ -151,18 +151,16 @@ class LocalEngine:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._decode_batch, jobs)
 
     def _decode_batch(self, jobs: Sequence[_Job]) -> list[DecodeResult | Exception]:
-        """Decode together; if that fails, one by one, so that only the culprit fails. Runs in the worker thread."""
-        try:
-            return list(self._decode(jobs))
-        except _GivenUpError as error:
-            return [error]
-        except Exception as error:  # whatever fails must not take the batcher down
-            if len(jobs) > 1:
-                return [self._decode_batch([job])[0] for job in jobs]
-            log.exception("decode_failed", bundle=self._bundle.bundle_id)
-            failure = EngineUnavailableError(f"decoding failed: {type(error).__name__}")
-            failure.__cause__ = error
-            return [failure]
+        """Runs in the worker thread; whatever fails must not take the batcher down."""
+        return [self._failure(one) if isinstance(one, Exception) else one for one in run_isolated(self._decode, jobs)]
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, _GivenUpError):
+            return error
+        log.error("decode_failed", bundle=self._bundle.bundle_id, exc_info=error)
+        failure = EngineUnavailableError(f"decoding failed: {type(error).__name__}")
+        failure.__cause__ = error
+        return failure
 
     def _decode(self, jobs: Sequence[_Job]) -> list[DecodeResult]:
         if self._decoder is None:

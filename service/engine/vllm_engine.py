@@ -117,7 +117,7 @@ class VllmEngine:
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Decode one request on the replica that knows its prompt best."""
-        check_request(request, self._bundle.catalog)
+        check_request(request, self._bundle)
         return await self._replica_for(request.prompt).decode(request, on_thought)
 
     async def swap(self, bundle: Bundle) -> None:

@@ -39,7 +39,7 @@ class SidStore:
     def load(self, bundle_path: Path) -> str:
         """Map a bundle's catalogue; its id, also when it was there already."""
         bundle = Bundle.load(bundle_path)
-        catalog_id = catalog_id_of(bundle)
+        catalog_id = bundle.catalog_id
         self._catalogs.setdefault(catalog_id, CatalogSnapshot(catalog_id, bundle.catalog, bundle.vocabulary))
         return catalog_id
 
@@ -98,11 +98,6 @@ class SidStore:
     def take_error(self, name: str) -> SidRequestError | None:
         """Why the sampled row of this name was ended, once; None if it was not."""
         return self._errors.pop(name, None)
-
-
-def catalog_id_of(bundle: Bundle) -> str:
-    """What a request's catalogue is called: its bundle and epoch."""
-    return f"{bundle.bundle_id}@{bundle.catalog.epoch}"
 
 
 STORE = SidStore()

@@ -97,7 +97,7 @@ class _Engine:
     def request(self, prompt: TokenIds, width: int) -> DecodeRequest:
         """No filter but the whole catalogue's."""
         everything = ItemFilter.of(NUM_ITEMS)
-        return DecodeRequest(prompt, everything, width, sid_program(SPACE), self.bundle.catalog.epoch)
+        return DecodeRequest(prompt, everything, width, sid_program(SPACE), self.bundle.catalog_id)
 
     async def decode(self, prompt: TokenIds, width: int) -> None:
         """One request for the best `width` items."""

@@ -50,7 +50,6 @@ def request(
     item_filter: ItemFilter | None = None,
     width: int = 10,
     program: StepProgram | None = None,
-    epoch: int = 0,
 ) -> DecodeRequest:
     items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     return DecodeRequest(
@@ -58,7 +57,7 @@ def request(
         item_filter or ItemFilter.of(NUM_ITEMS),
         width,
         sid_program(SPACE) if program is None else program,
-        epoch,
+        bundle.catalog_id,
     )
 
 
@@ -205,7 +204,7 @@ async def test_a_program_that_it_cannot_run_is_refused(bundle: Bundle, program: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"catalog_epoch": 1}, "epoch 1"),
+        ({"catalog_id": "another@1"}, "another@1"),
         ({"item_filter": ItemFilter.of(NUM_ITEMS, allow=np.empty(0, np.int64))}, "no item"),
         ({"prompt": np.empty(0, np.int64)}, "prompt of 0 tokens"),
         ({"width": 0}, "width of 0"),

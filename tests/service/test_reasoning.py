@@ -68,7 +68,7 @@ def request(
         item_filter or ItemFilter.of(NUM_ITEMS),
         width,
         sid_program(SPACE) if think is None else (think, *sid_program(SPACE)),
-        catalog_epoch=0,
+        bundle.catalog_id,
     )
 
 

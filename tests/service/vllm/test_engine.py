@@ -34,7 +34,6 @@ from service.engine.base import (
 from service.engine.local import LocalEngine, LocalEngineConfig
 from service.engine.vllm_engine import VllmEngine, VllmEngineConfig
 from service.engine.vllm_processors import SID_ARG, SidArgs
-from service.engine.vllm_store import catalog_id_of
 from service.engine.vllm_wire import WireFilter
 from service.metrics import Metrics
 from service.settings import Settings
@@ -64,7 +63,7 @@ def request(bundle: Bundle, history: Sequence[int] = (0, 50, 100), **changed: An
     items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     prompt = bundle.renderer.render(items).token_ids
     everything = ItemFilter.of(len(bundle.catalog))
-    plain = DecodeRequest(prompt, everything, 10, sid_program(SPACE), bundle.catalog.epoch)
+    plain = DecodeRequest(prompt, everything, 10, sid_program(SPACE), bundle.catalog_id)
     return replace(plain, **changed)
 
 
@@ -220,7 +219,7 @@ async def test_a_returning_user_pays_for_the_new_item_alone(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"catalog_epoch": 7}, "epoch 7"),
+        ({"catalog_id": "another@7"}, "another@7"),
         ({"item_filter": ItemFilter.of(NUM_ITEMS, allow=np.empty(0, np.int64))}, "no item"),
         ({"prompt": np.empty(0, np.int64)}, "prompt of 0 tokens"),
         ({"program": (Code(0),)}, "has 1 codes"),
@@ -278,7 +277,7 @@ async def test_sampled_sids_are_legal_and_come_with_their_scores(vllm_engine: Vl
     async def sample(number: int) -> None:
         item_filter = random_filter(rng)
         item_filter = ItemFilter.of(NUM_ITEMS, deny=item_filter.deny)
-        args = SidArgs(catalog_id_of(vllm_bundle), f"sample-{number}", 2, WireFilter.of(item_filter))
+        args = SidArgs(vllm_bundle.catalog_id, f"sample-{number}", 2, WireFilter.of(item_filter))
         params = SamplingParams(
             max_tokens=SPACE.num_levels, temperature=1.0, logprobs=1, detokenize=False,
             extra_args={SID_ARG: args.as_wire()},
@@ -435,7 +434,7 @@ def without(monkeypatch: pytest.MonkeyPatch, what: str) -> Iterator[None]:
         if what == "vllm":
             patch.setattr(module, "find_spec", lambda _name: None)
         else:
-            patch.setattr(module.ctypes, "CDLL", _no_library)
+            patch.setattr("ctypes.CDLL", _no_library)
         yield
 
 
