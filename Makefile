@@ -57,9 +57,9 @@ bench-encode: ## SIDs for a million item vectors, and for 10,000 new ones (about
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.encode
 
-bench-engine: ## the local engine against one that repeats the prompt's KV for every beam
+bench-engine: ## the local engine against a naive one, the vLLM engine against vLLM's own beam search (about 10 minutes)
 	@scripts/bootstrap.sh dev,$(VLLM)
-	@$(BIN)/python -m tests.benchmarks.engine
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.vllm_engine $(ARGS)
 
 bench-http: ## HTTP latency, saturation and memory with an engine that answers at once (about 5 minutes)
 	@scripts/bootstrap.sh dev

@@ -1,7 +1,8 @@
-"""The local engine's beam against the naive one that repeats the prompt's KV for every beam: `make bench-engine`.
+"""The local engine's beam against the naive one that repeats the prompt's KV for every beam.
 
-Both run the same random model of SmolLM2-135M's shape in float32 on one thread, the same trie, prompt and width, and
-must return the same items; each time is the median of several alternating runs.
+The first half of `make bench-engine`; `tests.benchmarks.vllm_engine` is the other. Both run the same random model of
+SmolLM2-135M's shape in float32 on one thread, the same trie, prompt and width, and must return the same items; each time
+is the median of several alternating runs.
 """
 
 import statistics
@@ -18,7 +19,6 @@ from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import ROOT, SidTrie
-from tests.benchmarks.report import report
 
 SPACE = SidSpace(num_levels=4, codebook_size=256)
 NUM_ITEMS, PROMPT_TOKENS, WIDTH, RUNS = 12_101, 300, 20, 7
@@ -68,7 +68,7 @@ def naive_beam(decoder: TreeDecoder, trie: SidTrie, prompt: TokenIds, width: int
     return nodes, scores
 
 
-def main() -> None:
+def measure() -> dict[str, float | int | str]:
     """One request, cold."""
     torch.set_num_threads(1)
     vocabulary = SidVocabulary(SPACE, 49_152, 49_152 + SPACE.num_tokens)
@@ -102,7 +102,7 @@ def main() -> None:
     if not np.allclose(our_scores[: len(naive_scores)], naive_scores, atol=1e-3):
         raise SystemExit("the two engines disagree on the scores: the comparison is void")
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    results: dict[str, float | int | str] = {
+    return {
         "ours_s": median["ours"],
         "naive_s": median["naive"],
         "prefill_s": median["prefill"],
@@ -111,9 +111,7 @@ def main() -> None:
         "naive_over_prefill": median["naive"] / median["prefill"],
         "items": len(our_ranks),
     }
-    title = f"local engine: one request, {WIDTH} beams, L {SPACE.num_levels}, {PROMPT_TOKENS} prompt tokens"
-    report(title, results, {"ratio_vs_naive": "≤ 0.6"})
 
 
-if __name__ == "__main__":
-    main()
+TITLE = f"local engine: one request, {WIDTH} beams, L {SPACE.num_levels}, {PROMPT_TOKENS} prompt tokens"
+BARS = {"ratio_vs_naive": "≤ 0.6"}

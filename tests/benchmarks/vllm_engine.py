@@ -1,4 +1,4 @@
-"""The vLLM engine against vLLM's own beam search: the second half of `make bench-engine`.
+"""The vLLM engine against vLLM's own beam search, after the local engine against a naive one: `make bench-engine`.
 
 SmolLM2-135M with its SID tokens, a catalogue of 12,101 items with Beauty-like SIDs (L 4), prompts of 300 tokens, one
 thread a process, eager on both sides. The reference is `LLM.beam_search` of the same width with vLLM's defaults, in
@@ -13,9 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
+import typer
 
 from semantic_ids.bundle import Bundle, BundleParts, publish
 from semantic_ids.catalog import Catalog
@@ -27,9 +28,12 @@ from semantic_ids.quantizer import ResidualQuantizer
 from semantic_ids.text_encoder import TextEncoderIdentity
 from service.engine.base import DecodeRequest, Think, sid_program
 from service.engine.vllm_engine import VllmEngine, VllmEngineConfig
+from service.logs import configure
 from service.metrics import Metrics
+from tests.benchmarks import engine as local
 from tests.benchmarks import vllm_processor
 from tests.benchmarks.engine import NUM_ITEMS, SPACE, beauty_like_sids
+from tests.benchmarks.report import report
 from training.base_model import SID_VOCABULARY, SMOLLM2, SidVocabularyRecord, prepare
 
 PROMPT_TOKENS, RUNS = 300, 7
@@ -232,3 +236,24 @@ BARS = {
     "processor_share": "< 0.02",
     "processor_new_request_ms": "< 0.2",
 }
+
+
+def main(
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    replicas: Annotated[int, typer.Option(help="Processes of the vLLM engine, a core each.")] = 2,
+) -> None:
+    """Measure both engines; some ten minutes, most of them vLLM's own beam search."""
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"dtype is float32 or bfloat16, not {dtype}")
+    configure("warning", "console")
+    results = local.measure()
+    vllm = asyncio.run(measure(cast(Dtype, dtype), replicas))
+    if os.environ.get("JSON") == "1":
+        report("", results | vllm)
+        return
+    report(local.TITLE, results, local.BARS)
+    report(f"vLLM engine: SmolLM2-135M, L {SPACE.num_levels}, {PROMPT_TOKENS} prompt tokens", vllm, BARS)
+
+
+if __name__ == "__main__":
+    typer.run(main)
