@@ -31,6 +31,7 @@ from service.engine.vllm_wire import (
     pack_ranks,
     room_for,
 )
+from service.logs import configure
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +64,7 @@ class SidWorkerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
+        configure("info", "json")  # this process has no settings, and its stdout is the service's
         self._prefills: dict[str, _Prefill] = {}
         self._captures: dict[str, _Kept] = {}
         self._decoder: PagedTreeDecoder | None = None

@@ -1,8 +1,8 @@
 """The local engine's beam against the naive one that repeats the prompt's KV for every beam.
 
 The first half of `make bench-engine`; `tests.benchmarks.vllm_engine` is the other. Both run the same random model of
-SmolLM2-135M's shape in float32 on one thread, the same trie, prompt and width, and must return the same items; each time
-is the median of several alternating runs.
+SmolLM2-135M's shape in float32 on one thread, the same trie, prompt and width, and must return the same items; each
+time is the median of several alternating runs.
 """
 
 import statistics

@@ -33,6 +33,7 @@ SETTINGS = {
     "SIDREC_LOG_LEVEL",
     "SIDREC_PORT",
     "SIDREC_REDIS_URL",
+    "SIDREC_VLLM_REPLICAS",
 }
 """Every setting of the service that a delivery file names."""
 

@@ -89,7 +89,7 @@ def test_build_targets_exist(name: str) -> None:
     build = SERVICES[name]["build"]
     assert (ROOT / build["context"] / build["dockerfile"]).exists()
     assert build["target"] in DOCKERFILE.stages
-    assert set(build["args"]) == {"TORCH_BACKEND"}
+    assert set(build["args"]) == {"TORCH_BACKEND"} | ({"ENGINE_EXTRA"} if name == "api" else set())
 
 
 @services
