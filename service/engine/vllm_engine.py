@@ -535,11 +535,16 @@ class _Replica:
             if llm.output_handler is not None:  # or it logs the end that is wanted as a failure
                 llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown)
+            llm.shutdown = _nothing_more  # its finaliser calls it again, at exit without the modules that it needs
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _nothing_more(timeout: float | None = None) -> None:
+    """What has been shut down."""
 
 
 def _found(answer: dict[str, Any]) -> _Found | Exception:
@@ -582,6 +587,7 @@ def _make_llm(bundle: Bundle, config: VllmEngineConfig) -> "AsyncLLM":
         "worker_cls": "service.engine.vllm_worker.SidGPUWorker",
         "logprobs_mode": "processed_logits",
         "shutdown_timeout": 10,
+        "use_tqdm_on_load": False,
         "seed": 0,
     }
     if is_cpu:
@@ -605,6 +611,8 @@ def _set_environment(threads: int) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPUs: the worker in the engine's own process, not in a third
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads and an event loop hangs
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",  # of the new process: its dependencies' deprecations are not the operator's
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
