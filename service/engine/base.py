@@ -34,6 +34,9 @@ class UnsupportedProgramError(EngineError):
 class Think:
     """Free text until the close of thinking, at most so long; a thought that is cut off is closed for the model.
 
+    `max_seconds` runs from when the engine begins the thought; on vLLM, where a thought is a request of its own, that
+    includes its prompt.
+
     `close` (`prompt.ThinkingFormat.close`) stands between every thought and what follows it; its first token is the one
     by which the model itself ends a thought.
     """

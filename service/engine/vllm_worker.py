@@ -108,6 +108,11 @@ class SidWorkerMixin:
         self._captures.pop(key, None)
         self._prefills = {req_id: prefill for req_id, prefill in self._prefills.items() if prefill.key != key}
 
+    def sid_error(self, name: str) -> dict[str, str] | None:
+        """Why the sampled row of this name was ended before its SID (`vllm_processors`), once; None if it was not."""
+        error = STORE.take_error(name)
+        return None if error is None else error.as_wire()
+
     def sid_beam(
         self, catalog_id: str, forced: Sequence[Sequence[int]], requests: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:

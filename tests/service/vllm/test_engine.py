@@ -295,6 +295,29 @@ async def test_sampled_sids_are_legal_and_come_with_their_scores(vllm_engine: Vl
     await asyncio.gather(*(sample(number) for number in range(50)))
 
 
+async def test_a_sampled_row_that_cannot_go_on_ends_alone_with_its_error(vllm_engine: VllmEngine, vllm_bundle: Bundle):
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    llm, prompt = vllm_engine._replicas[0]._running(), request(vllm_bundle).prompt.tolist()
+    everything = WireFilter(None, b"", None)
+
+    async def sample(name: str, catalog: str) -> list[int]:
+        args = SidArgs(catalog, name, 2, everything).as_wire()
+        params = SamplingParams(max_tokens=6, detokenize=False, stop_token_ids=[2], extra_args={SID_ARG: args})
+        async for output in llm.generate(TokensPrompt(prompt_token_ids=prompt), params, name):
+            token_ids = list(output.outputs[0].token_ids)
+        return token_ids
+
+    lost, found = await asyncio.gather(sample("lost", "another@1"), sample("found", vllm_bundle.catalog_id))
+    assert lost == [2]
+    assert len(found) == SPACE.num_levels + 1
+    assert (await llm.collective_rpc("sid_error", args=("found",))) == [None]
+    [error] = await llm.collective_rpc("sid_error", args=("lost",))
+    assert error["error"] == "unknown_catalog"
+    assert "another@1" in error["message"]
+
+
 async def test_its_metrics_are_vllms_and_ours_in_one_place(vllm_engine: VllmEngine, metrics: Metrics):
     text = metrics.exposition().decode()
     assert 'vllm:num_requests_running{engine="0",model_name="sidrec",replica="0"}' in text
