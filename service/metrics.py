@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from service.engine.base import ThoughtEnd
+from service.foreign_metrics import ForeignFamilies
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -15,6 +16,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.vllm = ForeignFamilies("vllm:")
+        self.registry.register(self.vllm)
         self.requests = Counter(
             "sidrec_http_requests", "HTTP requests by outcome.", ("method", "route", "status"), registry=self.registry
         )
@@ -91,6 +94,12 @@ class Metrics:
             "sidrec_engine_thoughts", "Thoughts by what ended them.", ("end",), registry=self.registry
         )
         self.bundle = Gauge("sidrec_bundle", "1 for the bundle being served.", ("bundle",), registry=self.registry)
+        self.activations = Counter(
+            "sidrec_bundle_activations",
+            "Bundles that were to be served, by outcome.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.catalog_epoch = Gauge("sidrec_catalog_epoch", "The catalogue epoch being served.", registry=self.registry)
 
     def count_beam_work(self, steps: int, beams: int, closed_beams: int, masked_share: float) -> None:

@@ -13,10 +13,10 @@ import asyncio
 import ctypes
 import os
 import time
-import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import uuid4
@@ -26,6 +26,7 @@ import numpy.typing as npt
 import structlog
 
 from semantic_ids.bundle import Bundle
+from semantic_ids.codes import TokenIds
 from semantic_ids.filters import RankBitmap
 from semantic_ids.trie import Ranks
 from service.engine.base import (
@@ -43,7 +44,6 @@ from service.engine.base import (
     plan,
 )
 from service.engine.batching import Batcher
-from service.engine.vllm_metrics import VllmFamilies
 from service.engine.vllm_wire import (
     CAPTURE_ARG,
     RANK_DTYPE,
@@ -94,9 +94,8 @@ class VllmEngine:
 
     def __init__(self, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics) -> None:
         self._bundle = bundle
-        families = VllmFamilies()
-        metrics.registry.register(families)
-        self._replicas = [_Replica(number, bundle, config, metrics, families) for number in range(config.replicas)]
+        self._swapping = asyncio.Lock()
+        self._replicas = [_Replica(bundle, config, metrics) for _ in range(config.replicas)]
 
     @property
     def problem(self) -> str | None:
@@ -126,16 +125,20 @@ class VllmEngine:
         requests are answered where they belong. `EngineError` where the model's shape differs (such a bundle needs an
         engine of its own) or a replica fails: then all serve the old one again.
         """
-        changed: list[_Replica] = []
-        try:
-            for one in self._replicas:
-                await one.swap(bundle)
-                changed.append(one)
-        except BaseException:
-            for one in changed:
-                await one.swap(self._bundle)
-            raise
-        self._bundle = bundle
+        async with self._swapping:
+            changed: list[_Replica] = []
+            try:
+                for one in self._replicas:
+                    await one.swap(bundle)
+                    changed.append(one)
+            except BaseException:
+                for one in changed:
+                    try:
+                        await one.swap(self._bundle)
+                    except EngineError:
+                        one.restart(self._bundle)
+                raise
+            self._bundle = bundle
 
     async def stop(self) -> None:
         """Answer what is being decoded, refuse the rest, end the processes."""
@@ -143,11 +146,17 @@ class VllmEngine:
 
     def _replica_for(self, request: DecodeRequest) -> "_Replica":
         """The one that the prompt's head belongs to, unless it is down, swapped or clearly busier than another."""
-        able = [one for one in self._replicas if one.problem is None and one.catalog_id == request.catalog_id]
-        able = able or self._replicas
-        by_head = able[zlib.crc32(request.prompt[:AFFINITY_TOKENS].tobytes()) % len(able)]
+        alive = [one for one in self._replicas if one.problem is None]
+        able = [one for one in alive if one.catalog_id == request.catalog_id]
+        able = [one for one in able if one.is_open] or able or alive or self._replicas
+        by_head = max(able, key=lambda one: affinity(request.prompt, one.number))
         idlest = min(able, key=lambda one: one.load)
         return by_head if by_head.load <= idlest.load + 1 else idlest
+
+
+def affinity(prompt: TokenIds, replica: int) -> bytes:
+    """The replica with the largest one gets the prompt (rendezvous hashing): one that goes moves no other's prompts."""
+    return blake2b(prompt[:AFFINITY_TOKENS].tobytes(), digest_size=8, salt=replica.to_bytes(8)).digest()
 
 
 def check_installation() -> None:
@@ -193,14 +202,11 @@ class _Found:
 class _Replica:
     """One `AsyncLLM`: made, watched, made anew."""
 
-    def __init__(
-        self, number: int, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics, families: VllmFamilies
-    ) -> None:
-        self._number = number
+    def __init__(self, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics) -> None:
+        self.number = metrics.vllm.claim()
         self._bundle = bundle
         self._config = config
         self._metrics = metrics
-        self._families = families
         self._llm: AsyncLLM | None = None
         self.catalog_id = ""
         self._max_model_len = 0
@@ -221,6 +227,7 @@ class _Replica:
             on_batch=metrics.engine_batch_size.observe,
         )
         self._state: str | None = "the vLLM engine is starting"
+        self._is_stopping = False
 
     @property
     def problem(self) -> str | None:
@@ -243,7 +250,7 @@ class _Replica:
         """Load, check, warm up; then watch over it."""
         self._batcher.start()
         await self._make()
-        self._watch = asyncio.create_task(self._supervise(), name=f"vllm-replica-{self._number}")
+        self._watch = asyncio.create_task(self._supervise(), name=f"vllm-replica-{self.number}")
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None) -> DecodeResult:
         """Think where the program says so, prefill, search."""
@@ -259,22 +266,37 @@ class _Replica:
             raise EngineError(f"bundle {bundle.bundle_id} has a model of another shape: it needs a new engine")
         self._open.clear()
         try:
-            await self._is_empty.wait()
-            llm = self._running()
-            await llm.pause_generation(mode="wait", clear_cache=True)
-            self.catalog_id = (await self._rpc("sid_swap", str(bundle.path)))[0]
-            await _forget_prefixes(llm)
-            await llm.resume_generation()
-            self._bundle = bundle
-        except BaseException:  # half old, half new: only a new process is sure
-            self._dead.set()
-            raise
+            while self._num_inside:  # whoever had a place may have come in between
+                await self._is_empty.wait()
+            self._refuse_while_unable()
+            try:
+                llm = self._running()
+                await self._unless_dead(llm.pause_generation(mode="wait", clear_cache=True))
+                self.catalog_id = (await self._rpc("sid_swap", str(bundle.path)))[0]
+                await self._unless_dead(_forget_prefixes(llm))
+                await self._unless_dead(llm.resume_generation())
+                self._bundle = bundle
+            except BaseException:  # half old, half new: only a new process is sure
+                if self._llm is llm:
+                    self._dead.set()
+                raise
         finally:
             self._open.set()
+
+    def restart(self, bundle: Bundle) -> None:
+        """Serve a bundle from a new process."""
+        self._bundle = bundle
+        self._dead.set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no swap holds requests back."""
+        return self._open.is_set()
 
     async def stop(self) -> None:
         """Answer what is inside, then end the process."""
         was_running, self._state = self.problem is None, "the vLLM engine has stopped"
+        self._is_stopping = True
         if was_running:
             await self._is_empty.wait()
         if self._watch is not None:
@@ -282,6 +304,8 @@ class _Replica:
             await asyncio.gather(self._watch, return_exceptions=True)
         await self._batcher.stop()
         await self._end()
+        await asyncio.gather(*self._background)
+        self._metrics.vllm.release(self.number)
 
     # ── one request ──
 
@@ -382,13 +406,18 @@ class _Replica:
         except EngineDeadError as error:
             self._dead.set()
             raise EngineUnavailableError("the vLLM engine died while it worked") from error
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineUnavailableError(f"vLLM: {error}") from error
 
     async def _run_beams(self, beams: Sequence[_Beam]) -> Sequence[_Found | Exception]:
         answers = await self._ask(beams)
         unknown = [place for place, answer in enumerate(answers) if answer.get("error") == "unknown_bitmap"]
         if unknown:
-            for bitmap in {id(b): b for b in (beams[place].bitmap for place in unknown) if b is not None}.values():
-                await self._rpc("sid_bitmap", self.catalog_id, bitmap.digest, pack_bitmap(bitmap))
+            for bitmap in {b.digest: b for b in (beams[place].bitmap for place in unknown) if b is not None}.values():
+                with suppress(EngineError):  # then the answer stays that the bitmap is not known
+                    await self._rpc("sid_bitmap", self.catalog_id, bitmap.digest, pack_bitmap(bitmap))
             for place, answer in zip(unknown, await self._ask([beams[place] for place in unknown]), strict=True):
                 answers[place] = answer
         for answer in answers:
@@ -415,8 +444,13 @@ class _Replica:
         """A place in the engine, once it is open."""
         self._num_outside += 1
         try:
-            await self._open.wait()
             await self._places.acquire()
+            try:
+                while not self._open.is_set():  # it may close again before this task goes on
+                    await self._open.wait()
+            except BaseException:
+                self._places.release()
+                raise
         finally:
             self._num_outside -= 1
         self._num_inside += 1
@@ -435,8 +469,8 @@ class _Replica:
         """A new process, checked and warm. In a thread: it takes tens of seconds, and the event loop goes on."""
         started_at = time.monotonic()
         try:
-            llm = await asyncio.to_thread(_make_llm, self._bundle, self._config)
-            self._families.take_over(self._number)
+            llm = await _made_in_thread(self._bundle, self._config)
+            self._metrics.vllm.take_over(self.number)
         except Exception as error:
             raise EngineError(f"vLLM did not start: {error}") from error
         self._llm = llm
@@ -447,7 +481,7 @@ class _Replica:
         await canary(self._decode_now, self._bundle)
         self._open.set()
         self._state = None
-        log.info("vllm_replica_ready", replica=self._number, seconds=round(time.monotonic() - started_at, 1))
+        log.info("vllm_replica_ready", replica=self.number, seconds=round(time.monotonic() - started_at, 1))
 
     async def _check(self) -> None:
         """Continue a prompt as a tree and in one piece: the same, or this model must not be served this way.
@@ -480,18 +514,19 @@ class _Replica:
         """Make the process anew whenever it dies, waiting longer after each try that fails."""
         while True:
             await self._wait_for_death()
-            self._open.clear()
+            if self._is_stopping:
+                return
             self._state = "the vLLM engine died and is being restarted"
-            log.error("vllm_replica_died", replica=self._number)
+            log.error("vllm_replica_died", replica=self.number)
             failures = 0
             while self._state is not None:
                 await self._end()
                 try:
                     await self._make()
                     self._metrics.engine_restarts.inc()
-                except EngineError as error:
+                except Exception as error:
                     self._state = f"the vLLM engine does not restart: {error}"
-                    log.exception("vllm_replica_not_restarted", replica=self._number, failures=failures)
+                    log.exception("vllm_replica_not_restarted", replica=self.number, failures=failures)
                     await asyncio.sleep(min(_MAX_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**failures))
                     failures += 1
 
@@ -514,9 +549,11 @@ class _Replica:
 
     async def _unless_dead(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives, unless the process dies first: vLLM does not always say so to whom it owes an answer."""
+        llm: Any = self._running()
         task, death = asyncio.ensure_future(work), asyncio.ensure_future(self._dead.wait())
         try:
-            await asyncio.wait((task, death), return_when=asyncio.FIRST_COMPLETED)
+            while not (task.done() or self._dead.is_set() or llm.errored or self._llm is not llm):
+                await asyncio.wait((task, death), timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
         finally:
@@ -541,6 +578,17 @@ class _Replica:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def _made_in_thread(bundle: Bundle, config: VllmEngineConfig) -> "AsyncLLM":
+    """`_make_llm`, while the event loop goes on. The thread cannot be cancelled, so what it makes then is ended."""
+    making = asyncio.ensure_future(asyncio.to_thread(_make_llm, bundle, config))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await asyncio.to_thread((await making).shutdown)
+        raise
 
 
 def _nothing_more(timeout: float | None = None) -> None:
