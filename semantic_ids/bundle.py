@@ -2,6 +2,7 @@
 
     bundles/
       current                     the id of the bundle to serve; replaced atomically
+      previous                    the id that was current before: what a rollback activates
       20261122T013000Z-0a1b2c…/   named by the digest of its manifest
         manifest.json             versions, SID space, prompt, text encoder, sha256 of every file
         catalog/ quantizer/ neighbours/ model/
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CURRENT = "current"
+PREVIOUS = "previous"
 TOKENIZER = "tokenizer.json"
 """Inside a bundle's `model/`, where prompts are text."""
 _STAGING = ".staging-"
@@ -179,17 +181,13 @@ class Bundle:
 
 def current_id(root: Path) -> str:
     """The id in `root/current`; `BundleError` when nothing is published or the pointer is not an id."""
-    try:
-        bundle_id = (root / CURRENT).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        raise BundleError(
-            f"no bundle is published in {root}: run `sidrec-train pipeline`, or name another folder"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{root / CURRENT} cannot be read: {error}") from error
-    if not _BUNDLE_ID.fullmatch(bundle_id):
-        raise BundleError(f"{root / CURRENT} holds {bundle_id!r}, which is not a bundle id: activate a bundle anew")
-    return bundle_id
+    missing = f"no bundle is published in {root}: run `sidrec-train pipeline`, or name another folder"
+    return _read_pointer(root, CURRENT, missing)
+
+
+def previous_id(root: Path) -> str:
+    """The id that was current before the last activation of another; `BundleError` when there was none."""
+    return _read_pointer(root, PREVIOUS, "nothing was current before: name the bundle to activate")
 
 
 def publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], *, activate_it: bool = True) -> Bundle:
@@ -251,11 +249,30 @@ def activate(root: Path, bundle_id: str) -> None:
     if not _BUNDLE_ID.fullmatch(bundle_id):
         raise BundleError(f"{bundle_id!r} is not a bundle id: give the name of a bundle's folder in {root}")
     Bundle.load(root / bundle_id)
-    temporary = root / f".{CURRENT}.{os.getpid()}"
+    with suppress(BundleError):
+        if (before := current_id(root)) != bundle_id:
+            _write_pointer(root, PREVIOUS, before)
+    _write_pointer(root, CURRENT, bundle_id)
+    _sync(root)
+
+
+def _read_pointer(root: Path, name: str, missing: str) -> str:
+    try:
+        bundle_id = (root / name).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise BundleError(missing) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{root / name} cannot be read: {error}") from error
+    if not _BUNDLE_ID.fullmatch(bundle_id):
+        raise BundleError(f"{root / name} holds {bundle_id!r}, which is not a bundle id: activate a bundle anew")
+    return bundle_id
+
+
+def _write_pointer(root: Path, name: str, bundle_id: str) -> None:
+    temporary = root / f".{name}.{os.getpid()}"
     temporary.write_text(bundle_id + "\n", encoding="utf-8")
     _sync(temporary)
-    temporary.replace(root / CURRENT)
-    _sync(root)
+    temporary.replace(root / name)
 
 
 @contextmanager

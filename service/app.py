@@ -1,17 +1,18 @@
 """The composition root: settings in, a running application out. Nothing else decides what is wired to what."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.util import find_spec
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import structlog
 from fastapi import FastAPI
 
-from semantic_ids.bundle import Bundle
+from semantic_ids.bundle import Bundle, current_id
 from service import errors, routes
 from service.admission import Admission
+from service.deployments import Deployments
 from service.engine.base import Engine
 from service.histories import Histories, connect
 from service.metrics import Metrics
@@ -82,6 +83,7 @@ def create_app(
     app.state.startup_error = None
     errors.install(app)
     app.include_router(routes.api)
+    app.include_router(routes.admin)
     app.include_router(routes.operations)
     app.add_middleware(Instrumented, metrics=metrics)
     return app
@@ -89,27 +91,29 @@ def create_app(
 
 async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFactory, stack: AsyncExitStack) -> State:
     """Start every part, its stop on the stack: what started is stopped, in reverse, even if a later one fails."""
-    bundle = await asyncio.to_thread(Bundle.load_current, settings.bundles)
-    metrics.bundle.labels(bundle.bundle_id).set(1)
-    metrics.catalog_epoch.set(bundle.catalog.epoch)
+    await asyncio.to_thread(current_id, settings.bundles)  # nothing published is said before Redis is started
     redis_url = settings.redis_url or await _start_embedded_redis(settings, stack)
     redis = connect(redis_url, timeout_s=settings.redis_timeout_s, max_connections=settings.redis_max_connections)
     stack.push_async_callback(redis.aclose)
     if settings.redis_url is not None and (warning := await check_durability(redis)) is not None:
         log.warning("redis_durability", detail=warning)
     histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=settings.history_ttl_s)
-    engine = engine_factory(bundle, settings, metrics)
-    stack.push_async_callback(engine.stop)
-    await engine.start()
     limits = ThinkingLimits(settings.think_max_tokens, settings.think_max_seconds)
+    deployments = Deployments(
+        settings.bundles,
+        lambda bundle: engine_factory(bundle, settings, metrics),
+        lambda bundle, engine: Recommender(bundle, engine, histories, metrics, settings.beam_width, limits),
+        metrics,
+    )
+    stack.push_async_callback(deployments.stop)
+    await deployments.start()
+    _run_in_background(deployments.follow(settings.follow_bundles_s), "follow-bundles", stack)
     return State(
-        bundle=bundle,
-        engine=engine,
+        deployments=deployments,
         redis=redis,
         histories=histories,
-        recommender=Recommender(bundle, engine, histories, metrics, settings.beam_width, limits),
         admission=Admission(settings.max_in_flight, metrics),
-        api_keys=ApiKeys(settings.api_key_hashes),
+        api_keys=ApiKeys(settings.api_key_hashes, settings.admin_key_hashes),
         metrics=metrics,
     )
 
@@ -118,11 +122,16 @@ async def _start_embedded_redis(settings: Settings, stack: AsyncExitStack) -> st
     server = EmbeddedRedis(settings.data_dir)
     url = await server.start()
     stack.push_async_callback(server.stop)
-    supervision = asyncio.create_task(server.supervise(), name="embedded-redis")
-
-    async def end_supervision() -> None:
-        supervision.cancel()
-        await asyncio.gather(supervision, return_exceptions=True)
-
-    stack.push_async_callback(end_supervision)
+    _run_in_background(server.supervise(), "embedded-redis", stack)
     return url
+
+
+def _run_in_background(work: Coroutine[Any, Any, None], name: str, stack: AsyncExitStack) -> None:
+    """Run `work` until the application stops."""
+    task = asyncio.create_task(work, name=name)
+
+    async def end() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    stack.push_async_callback(end)

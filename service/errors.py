@@ -3,7 +3,9 @@
 Problem                     status  type
 ├── BadRequestProblem          422  invalid-request
 ├── UnauthorizedProblem        401  unauthorized
+├── ForbiddenProblem           403  forbidden
 ├── NotFoundProblem            404  not-found
+├── ConflictProblem            409  conflict
 └── UnavailableProblem         503  unavailable, overloaded, history-unavailable   (with Retry-After)
 """
 
@@ -64,6 +66,18 @@ class UnauthorizedProblem(Problem):
     """No key, or a wrong one."""
 
     status, type, title = 401, "unauthorized", "Unauthorized"
+
+
+class ForbiddenProblem(Problem):
+    """A key of ours that may not do this."""
+
+    status, type, title = 403, "forbidden", "Forbidden"
+
+
+class ConflictProblem(Problem):
+    """What is asked for cannot be done in the present state."""
+
+    status, type, title = 409, "conflict", "Conflict"
 
 
 class NotFoundProblem(Problem):

@@ -1,21 +1,25 @@
 """The HTTP endpoints: validate, admit, hand over, answer. No logic of their own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import PlainTextResponse
 from redis.exceptions import RedisError
 
-from service.errors import BadRequestProblem, ProblemDocument, UnavailableProblem
+from semantic_ids.bundle import BundleError
+from service.deployments import Deployment
+from service.engine.base import EngineError
+from service.errors import BadRequestProblem, ConflictProblem, ProblemDocument, UnavailableProblem
 from service.histories import Event, HistoryUnavailableError
 from service.metrics import CONTENT_TYPE
-from service.recommender import TextListener
+from service.recommender import Recommender, TextListener
 from service.schemas import (
     Answer,
+    BundleResponse,
     DeadlineMs,
     EventsRequest,
     EventsResponse,
@@ -37,6 +41,7 @@ from service.state import State
 T = TypeVar("T")
 R = TypeVar("R", bound=UserRequest)
 A = TypeVar("A", bound=Answer)
+A_co = TypeVar("A_co", bound=Answer, covariant=True)
 
 _PROBLEM = {"model": ProblemDocument, "description": "Problem document (RFC 9457)"}
 PROBLEMS = dict.fromkeys((401, 404, 422, 503), _PROBLEM)
@@ -80,6 +85,19 @@ async def keyed(state: StateDep, x_api_key: Annotated[str | None, Header()] = No
 api = APIRouter(dependencies=[Depends(keyed)], responses=PROBLEMS)  # type: ignore[arg-type]
 operations = APIRouter(tags=["operations"])
 
+
+async def administers(state: StateDep, x_api_key: Annotated[str | None, Header()] = None) -> None:
+    """An administrator's key, where keys are configured."""
+    state.api_keys.check_admin(x_api_key)
+
+
+admin = APIRouter(
+    prefix="/admin",
+    tags=["administration"],
+    dependencies=[Depends(administers)],
+    responses=PROBLEMS | dict.fromkeys((403, 409), _PROBLEM),  # type: ignore[arg-type]
+)
+
 DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
 
 
@@ -94,7 +112,7 @@ async def recommend(
     body: RecommendRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
 ) -> RecommendResponse | EventStream:
     """The items a user will most likely choose next."""
-    return await _answer(request, partial(state.recommender.recommend, _with_deadline(body, deadline)))
+    return await _answer(request, state, partial(Recommender.recommend, request=_with_deadline(body, deadline)))
 
 
 @api.get("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
@@ -107,7 +125,7 @@ async def recommend_by_query(
 ) -> RecommendResponse:
     """The same with defaults."""
     body = _with_deadline(RecommendRequest(user_id=user_id, num_items=num_items), deadline)
-    return await _timed(request, state.recommender.recommend(body))
+    return await _timed(request, _ask(state, partial(Recommender.recommend, request=body), None))
 
 
 @api.post(
@@ -121,7 +139,7 @@ async def rerank(
     body: RerankRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
 ) -> RerankResponse | EventStream:
     """Candidates in the order in which the user will most likely choose them."""
-    return await _answer(request, partial(state.recommender.rerank, _with_deadline(body, deadline)))
+    return await _answer(request, state, partial(Recommender.rerank, request=_with_deadline(body, deadline)))
 
 
 @api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
@@ -178,6 +196,32 @@ async def versions(state: StateDep) -> VersionsResponse:
     )
 
 
+@admin.post("/bundles/{bundle_id}/activate")
+async def activate_bundle(bundle_id: str, state: StateDep) -> BundleResponse:
+    """Serve a published bundle from now on, here and on every replica; requests under way end on the old one."""
+    return await _activated(state.deployments.activate(bundle_id))
+
+
+@admin.post("/rollback")
+async def roll_back(state: StateDep) -> BundleResponse:
+    """Serve the bundle that was current before."""
+    return await _activated(state.deployments.rollback())
+
+
+async def _activated(work: Awaitable[Deployment]) -> BundleResponse:
+    try:
+        deployment = await work
+    except BundleError as error:
+        raise ConflictProblem(str(error)) from error
+    except OSError as error:
+        raise ConflictProblem(
+            f"the pointer to the bundle cannot be written ({error}): mount the folder writable"
+        ) from error
+    except EngineError as error:
+        raise UnavailableProblem(f"the bundle's engine did not start ({error}); the old one is served on") from error
+    return BundleResponse(bundle=deployment.bundle.bundle_id, catalog_epoch=deployment.bundle.catalog.epoch)
+
+
 @operations.get("/health/live")
 @operations.get("/v2/health/live", include_in_schema=False)
 async def live() -> HealthResponse:
@@ -218,11 +262,23 @@ def service_version() -> str:
         return "unpackaged"
 
 
-async def _answer(request: Request, ask: Callable[[TextListener | None], Awaitable[A]]) -> A | EventStream:
+class _Question(Protocol[A_co]):
+    """A request, still without the recommender that answers it."""
+
+    def __call__(self, recommender: Recommender, /, *, on_thought: TextListener | None) -> Awaitable[A_co]: ...
+
+
+async def _answer(request: Request, state: State, question: _Question[A]) -> A | EventStream:
     """The answer, or the stream of its events where the client prefers that."""
     if prefers_events(request.headers.getlist("accept")):
-        return EventStream(request, lambda on_thought: _timed(request, ask(on_thought)))
-    return await _timed(request, ask(None))
+        return EventStream(request, lambda on_thought: _timed(request, _ask(state, question, on_thought)))
+    return await _timed(request, _ask(state, question, None))
+
+
+async def _ask(state: State, question: _Question[A], on_thought: TextListener | None) -> A:
+    """The answer of the bundle that is current now, also if another one becomes so meanwhile."""
+    async with state.deployments.current.leased() as deployment:
+        return await question(deployment.recommender, on_thought=on_thought)
 
 
 async def _timed(request: Request, work: Awaitable[A]) -> A:

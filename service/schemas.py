@@ -242,6 +242,13 @@ class VersionsResponse(BaseModel):
     metrics: dict[str, float]
 
 
+class BundleResponse(BaseModel):
+    """Answer of the bundle administration: what is served now."""
+
+    bundle: str
+    catalog_epoch: int
+
+
 class HealthResponse(BaseModel):
     """Answer of the health endpoints."""
 

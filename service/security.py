@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 
-from service.errors import UnauthorizedProblem
+from service.errors import ForbiddenProblem, UnauthorizedProblem
 
 
 def hash_key(key: str) -> str:
@@ -12,16 +12,31 @@ def hash_key(key: str) -> str:
 
 
 class ApiKeys:
-    """The accepted keys. With none configured every caller is accepted, and the service binds to loopback only."""
+    """The accepted keys: callers', and administrators', which open everything.
 
-    def __init__(self, hashes: tuple[str, ...]) -> None:
-        self._hashes = hashes
+    With none configured at all everybody may do everything, and the service binds to loopback only.
+    """
+
+    def __init__(self, callers: tuple[str, ...], admins: tuple[str, ...] = ()) -> None:
+        self._callers = callers
+        self._admins = admins
 
     def check(self, key: str | None) -> None:
-        """`UnauthorizedProblem` unless the key is one of ours. Every hash is compared, whichever matches."""
-        if not self._hashes:
-            return
-        presented = hash_key(key or "")
-        matches = [hmac.compare_digest(presented, known) for known in self._hashes]
-        if key is None or not any(matches):
+        """`UnauthorizedProblem` unless the key is one of ours."""
+        if (self._callers or self._admins) and not _holds(self._callers + self._admins, key):
             raise UnauthorizedProblem("this service needs an API key in the header x-api-key")
+
+    def check_admin(self, key: str | None) -> None:
+        """`ForbiddenProblem` for a caller's key, `UnauthorizedProblem` for none of ours."""
+        self.check(key)
+        if (self._callers or self._admins) and not _holds(self._admins, key):
+            raise ForbiddenProblem(
+                "this needs an administrator's key (SIDREC_ADMIN_KEY_HASHES) in the header x-api-key"
+            )
+
+
+def _holds(hashes: tuple[str, ...], key: str | None) -> bool:
+    """Every hash is compared, whichever matches, so that the time tells nothing."""
+    presented = hash_key(key or "")
+    matches = [hmac.compare_digest(presented, known) for known in hashes]
+    return key is not None and True in matches

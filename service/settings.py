@@ -20,7 +20,13 @@ class Settings(BaseSettings):
         (), description="sha256 (hex, comma-separated) of the keys accepted in x-api-key; none: loopback only"
     )
 
+    admin_key_hashes: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="the same for keys that may also administer: activate bundles, change items and experiments"
+    )
+
     bundles: Path = Field(Path("runs/demo/bundles"), description="folder of bundles, with its `current` pointer")
+
+    follow_bundles_s: float = Field(2.0, gt=0, description="how often `current` is looked at for another bundle")
 
     redis_url: str | None = Field(
         None,
@@ -58,7 +64,7 @@ class Settings(BaseSettings):
         """`history_ttl_days` in seconds."""
         return self.history_ttl_days * 86_400 if self.history_ttl_days else None
 
-    @field_validator("api_key_hashes", mode="before")
+    @field_validator("api_key_hashes", "admin_key_hashes", mode="before")
     @classmethod
     def _split_hashes(cls, value: object) -> object:
         return (
@@ -67,7 +73,7 @@ class Settings(BaseSettings):
             else value
         )
 
-    @field_validator("api_key_hashes")
+    @field_validator("api_key_hashes", "admin_key_hashes")
     @classmethod
     def _are_hashes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(len(one) != 64 or set(one) - set(string.hexdigits) for one in value):

@@ -6,10 +6,10 @@ from redis.asyncio import Redis
 
 from semantic_ids.bundle import Bundle
 from service.admission import Admission
+from service.deployments import Deployments
 from service.engine.base import Engine
 from service.histories import Histories
 from service.metrics import Metrics
-from service.recommender import Recommender
 from service.security import ApiKeys
 
 
@@ -17,11 +17,19 @@ from service.security import ApiKeys
 class State:
     """The parts of a running service."""
 
-    bundle: Bundle
-    engine: Engine
+    deployments: Deployments
     redis: Redis
     histories: Histories
-    recommender: Recommender
     admission: Admission
     api_keys: ApiKeys
     metrics: Metrics
+
+    @property
+    def bundle(self) -> Bundle:
+        """The one being served."""
+        return self.deployments.current.bundle
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the bundle being served."""
+        return self.deployments.current.engine

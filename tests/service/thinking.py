@@ -69,10 +69,9 @@ async def thinking_service(
 ) -> AsyncIterator[Service]:
     """The running service; its thoughts have these limits."""
     async with running(settings, engine_factory) as service:
-        state = service.state
-        parts = state.bundle, state.engine, state.histories, state.metrics
-        recommender = Recommender(*parts, settings.beam_width, limits)
-        service.app.state.sidrec = replace(state, recommender=recommender)
+        state, deployment = service.state, service.state.deployments.current
+        parts = deployment.bundle, deployment.engine, state.histories, state.metrics
+        deployment.recommender = Recommender(*parts, settings.beam_width, limits)
         yield service
 
 
