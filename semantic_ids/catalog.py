@@ -4,9 +4,15 @@ Items are addressed by *rank*, their place in the order (SID ascending, populari
 a SID: they are neighbours in rank, the most popular first, and every one of them can be reached. Equal popularity
 under one SID keeps the order of the rows that were passed in, which training makes a seeded shuffle: nothing here
 follows item-id order.
+
+A catalogue never changes. Live changes make another one, an *epoch*: `base.with_changes(changes)`, a catalogue like any
+other, which shares the base's text and has ranks of its own.
 """
 
 import hashlib
+import shutil
+import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from semantic_ids.catalog_changes import CatalogItem, ItemChanges, RankMap, SortKeys, insertion_places, spliced
 from semantic_ids.codes import Codes, SidSpace
-from semantic_ids.columns import StringColumn, map_array, save_array
+from semantic_ids.columns import MergedColumn, StringColumn, map_array, save_array
 from semantic_ids.trie import Ranks, SidTrie, sid_keys
 
 CATEGORY_SEPARATOR = " > "
@@ -26,11 +33,12 @@ BASE_EPOCH = 0
 
 _ARRAYS = ("codes", "popularity", "id_hashes", "id_hash_ranks", "category_offsets", "category_ranks")
 _STRINGS = ("item_ids", "titles", "category_paths", "category_names")
+_TRIE_ARRAYS = ("level_starts", "tokens", "first_child", "leaf_rank")
 _UNIT = "\x1f"  # between an item's category paths, inside the column
 
 
 class CatalogError(ValueError):
-    """Rows that cannot make a catalogue."""
+    """Rows or changes that cannot make a catalogue, or files that are none."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,7 @@ class Catalog:
         if len(set(ids)) != len(ids):
             raise CatalogError("item ids must be unique")
         paths = [categories[row] for row in order]
-        bad = next((path for item in paths for path in item if not path or _UNIT in path), None)
-        if bad is not None:
-            raise CatalogError(f"{bad!r} cannot be a category path: it is empty or holds a unit separator (U+001F)")
+        _check_paths(path for item in paths for path in item)
         names, offsets, ranks = _category_index(paths)
         sorted_codes = space.check(codes)[order]
         return cls(
@@ -121,8 +127,8 @@ class Catalog:
 
     def ranks_in_category(self, name: str) -> Ranks:
         """Ranks of the items that have `name` as a category path or as a node on one; none for an unknown name."""
-        place = self._category_places.get(name)
-        if place is None:
+        place = bisect_left(self.category_names, name)
+        if [name] != self.category_names[place : place + 1]:
             return np.empty(0, np.int64)
         return self.category_ranks[self.category_offsets[place] : self.category_offsets[place + 1]].astype(np.int64)
 
@@ -133,13 +139,24 @@ class Catalog:
     @cached_property
     def by_popularity(self) -> Ranks:
         """All ranks, the most popular first; equal popularity in an order fixed by the SIDs' hash, not by item id."""
-        scrambled = sid_keys(self.space, self.codes).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        order: Ranks = np.lexsort((scrambled, -self.popularity))
+        order: Ranks = np.lexsort(_popularity_keys(self, slice(None))[::-1])
         return order
 
-    @cached_property
-    def _category_places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.category_names)}
+    def check_item(self, item: CatalogItem) -> None:
+        """`CatalogError` if `item` could not be put into this catalogue; it names the value and the rule."""
+        try:
+            _check_item(self.space, item)
+        except ValueError as error:
+            raise CatalogError(f"item {item.item_id!r} cannot be put: {error}") from error
+
+    def with_changes(self, changes: ItemChanges) -> "CatalogEpoch":
+        """This catalogue with `changes`, as its own snapshot: `changes.epoch` is its epoch.
+
+        Deleted items are gone, known ones replaced, new ones inserted. An item whose SID and popularity a change leaves
+        alone keeps its place; where others tie with what stands there, they follow it, in the order of `changes.items`.
+        Raises `CatalogError` for an item that cannot be put, and if nothing would be left.
+        """
+        return CatalogEpoch.of(self, changes)
 
     def save(self, folder: Path) -> None:
         """Write every column into `folder`; the trie's arrays too, so that loading builds nothing."""
@@ -148,20 +165,32 @@ class Catalog:
             save_array(folder, name, getattr(self, name))
         for name in _STRINGS:
             getattr(self, name).save(folder, name)
-        for name in ("level_starts", "tokens", "first_child", "leaf_rank"):
-            save_array(folder, f"trie.{name}", getattr(self.trie, name))
+        _save_trie(self.trie, folder)
+
+    def save_trie(self, folder: Path) -> None:
+        """Write what decoding needs, for `load_trie` in another process: all of it at once, by a rename.
+
+        A folder that is there already is left as it is: its name stands for one catalogue at one epoch.
+        """
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            save_array(staging, "space", np.array([self.space.num_levels, self.space.codebook_size]))
+            _save_trie(self.trie, staging)
+            staging.rename(folder)
+        except OSError:
+            if not folder.exists():  # or else another process was faster
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path, space: SidSpace) -> "Catalog":
         """Map a saved catalogue; `CatalogError` if its columns are not those of `space` or do not fit each other."""
         try:
-            trie = SidTrie(
-                space,
-                np.asarray(map_array(folder, "trie.level_starts")),
-                map_array(folder, "trie.tokens"),
-                map_array(folder, "trie.first_child"),
-                map_array(folder, "trie.leaf_rank"),
-            )
+            trie = _map_trie(folder, space)
             columns: dict[str, Any] = {name: map_array(folder, name) for name in _ARRAYS}
             columns |= {name: StringColumn.map(folder, name) for name in _STRINGS}
             catalog = cls(space=space, trie=trie, **columns)
@@ -180,6 +209,148 @@ class Catalog:
         return catalog
 
 
+@dataclass(frozen=True, kw_only=True)
+class CatalogEpoch(Catalog):
+    """A catalogue made from another by live changes."""
+
+    base: Catalog
+    rank_map: RankMap
+    """From the base's ranks to this epoch's: carries over what is kept by base rank, such as neighbours."""
+
+    @classmethod
+    def of(cls, base: Catalog, changes: ItemChanges) -> "CatalogEpoch":
+        """`base.with_changes(changes)`."""
+        for item in changes.items:
+            base.check_item(item)
+        deleted, _ = base.ranks_of(changes.deleted)
+        puts = _RankedPuts.of(base, changes.items)
+        rank_map = RankMap.of(len(base), deleted, puts.places, puts.base_ranks)
+        if not len(rank_map.sources):
+            raise CatalogError(f"epoch {changes.epoch} deletes all {len(base)} items: a catalogue holds at least one")
+        codes = rank_map.column(base.codes, puts.codes)
+        hashes, hash_ranks = _changed_id_index(base, rank_map, puts.items)
+        names, offsets, ranks = _changed_category_index(base, rank_map, puts.items)
+        paths = (_UNIT.join(item.categories) for item in puts.items)
+        return cls(
+            space=base.space,
+            codes=codes,
+            popularity=rank_map.column(base.popularity, puts.popularity),
+            item_ids=MergedColumn.over(base.item_ids, (item.item_id for item in puts.items), rank_map.sources),
+            titles=MergedColumn.over(base.titles, (item.title for item in puts.items), rank_map.sources),
+            category_paths=MergedColumn.over(base.category_paths, paths, rank_map.sources),
+            id_hashes=hashes,
+            id_hash_ranks=hash_ranks,
+            category_names=names,
+            category_offsets=offsets,
+            category_ranks=ranks,
+            trie=SidTrie.from_sorted(base.space, codes),
+            epoch=changes.epoch,
+            base=base,
+            rank_map=rank_map,
+        )
+
+    def with_changes(self, changes: ItemChanges) -> "CatalogEpoch":
+        """Refused: an epoch holds all changes since the base, and the next one starts from the base again."""
+        raise CatalogError(f"epoch {changes.epoch} cannot be made from epoch {self.epoch}: use its base")
+
+    @cached_property
+    def by_popularity(self) -> Ranks:
+        """As the base's, with the changes; the base's order is sorted once, and then only spliced."""
+        order, put_ranks = self.base.by_popularity, self.rank_map.put_ranks
+        keys = (*_popularity_keys(self, put_ranks), self.rank_map.places)
+        listed = np.lexsort(keys[::-1])  # stable: puts are in rank order
+        places = insertion_places(
+            len(order),
+            lambda rows: (*_popularity_keys(self.base, order[rows]), order[rows]),
+            tuple(key[listed] for key in keys),
+        )
+        return self.rank_map.listing(order, places, put_ranks[listed])[0].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _RankedPuts:
+    """Items put, in rank order, as columns (A,)."""
+
+    items: list[CatalogItem]
+    codes: Codes  # (A, L)
+    popularity: npt.NDArray[np.int64]
+    base_ranks: Ranks  # -1 where the base does not have the item
+    places: Ranks  # base rows before each
+
+    @classmethod
+    def of(cls, base: Catalog, items: Sequence[CatalogItem]) -> "_RankedPuts":
+        base_ranks = _base_ranks(base, [item.item_id for item in items])
+        is_known = base_ranks >= 0
+        codes = np.array([item.codes for item in items], np.uint16).reshape(len(items), base.space.num_levels)
+        popularity = np.where(is_known, base.popularity[base_ranks], 0)
+        for place, item in enumerate(items):
+            if item.popularity is not None:
+                popularity[place] = item.popularity
+        is_unmoved = is_known & (base.codes[base_ranks] == codes).all(axis=1)
+        is_unmoved &= base.popularity[base_ranks] == popularity
+        # Among equals an unmoved item stands where it did, and what came later follows the base.
+        arrival = np.where(is_unmoved, base_ranks, len(base) + np.arange(len(items)))
+        keys = (sid_keys(base.space, codes), -popularity, arrival)
+        order = np.lexsort(keys[::-1])
+        places = insertion_places(
+            len(base),
+            lambda rows: (sid_keys(base.space, base.codes[rows]), -base.popularity[rows], rows),
+            tuple(key[order] for key in keys),
+        )
+        return cls([items[place] for place in order], codes[order], popularity[order], base_ranks[order], places)
+
+
+def _base_ranks(base: Catalog, item_ids: Sequence[str]) -> Ranks:
+    known, unknown = base.ranks_of(item_ids)
+    missing = set(unknown)
+    ranks = np.full(len(item_ids), -1, np.int64)
+    ranks[[item_id not in missing for item_id in item_ids]] = known
+    return ranks
+
+
+def _check_item(space: SidSpace, item: CatalogItem) -> None:
+    if not item.item_id:
+        raise ValueError("an id has at least one character")
+    for text in (item.item_id, item.title, *item.categories):
+        text.encode()  # a lone surrogate raises UnicodeEncodeError, which names it
+    _check_paths(item.categories)
+    space.format(item.codes)
+    if item.popularity is not None and not 0 <= item.popularity < 1 << 63:
+        raise ValueError(f"popularity {item.popularity} is not in [0, 2⁶³)")
+
+
+def _check_paths(paths: Iterable[str]) -> None:
+    bad = next((path for path in paths if not path or _UNIT in path), None)
+    if bad is not None:
+        raise CatalogError(f"{bad!r} cannot be a category path: it is empty or holds a unit separator (U+001F)")
+
+
+def _popularity_keys(catalog: Catalog, rows: Ranks | slice) -> SortKeys:
+    scrambled = sid_keys(catalog.space, catalog.codes[rows]).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return -catalog.popularity[rows], scrambled
+
+
+def load_trie(folder: Path) -> SidTrie:
+    """Map what `Catalog.save_trie` wrote; `CatalogError` if it is not there or not whole."""
+    try:
+        num_levels, codebook_size = map_array(folder, "space").tolist()
+        trie = _map_trie(folder, SidSpace(num_levels, codebook_size))
+    except (OSError, ValueError, EOFError) as error:
+        raise CatalogError(f"the trie in {folder} cannot be read: {error}") from error
+    if len(trie.level_starts) != num_levels + 1 or trie.level_starts[-1] != len(trie.tokens):
+        raise CatalogError(f"the trie in {folder} does not have SIDs of {num_levels} levels")
+    return trie
+
+
+def _save_trie(trie: SidTrie, folder: Path) -> None:
+    for name in _TRIE_ARRAYS:
+        save_array(folder, f"trie.{name}", getattr(trie, name))
+
+
+def _map_trie(folder: Path, space: SidSpace) -> SidTrie:
+    return SidTrie(space, *(map_array(folder, f"trie.{name}") for name in _TRIE_ARRAYS))
+
+
 def hash_ids(item_ids: Sequence[str]) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each id, the same in every process; of any string, since ids come from outside."""
     digests = b"".join(
@@ -195,13 +366,58 @@ def nodes_on_path(path: str) -> list[str]:
 
 
 def _category_index(
-    paths_by_rank: Sequence[Sequence[str]],
+    paths_by_rank: Iterable[Sequence[str]],
 ) -> tuple[StringColumn, npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-    ranks_by_name: dict[str, list[int]] = {}
-    for rank, paths in enumerate(paths_by_rank):
+    places = _places_by_category(paths_by_rank)
+    names = sorted(places)
+    ranks = np.array([rank for name in names for rank in places[name]], np.uint32)
+    return StringColumn.of(names), _offsets([len(places[name]) for name in names]), ranks
+
+
+def _places_by_category(paths_by_place: Iterable[Sequence[str]]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, paths in enumerate(paths_by_place):
         for name in {name for path in paths for name in nodes_on_path(path)}:
-            ranks_by_name.setdefault(name, []).append(rank)
-    names = sorted(ranks_by_name)
-    offsets = np.concatenate(([0], np.cumsum([len(ranks_by_name[name]) for name in names]))).astype(np.int64)
-    ranks = np.array([rank for name in names for rank in ranks_by_name[name]], np.uint32)
-    return StringColumn.of(names), offsets, ranks
+            places.setdefault(name, []).append(place)
+    return places
+
+
+def _offsets(sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+
+
+def _changed_id_index(
+    base: Catalog, rank_map: RankMap, puts: Sequence[CatalogItem]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+    hashes = hash_ids([item.item_id for item in puts])
+    by_hash = np.argsort(hashes, kind="stable")
+    places = np.searchsorted(base.id_hashes, hashes[by_hash])
+    ranks, gone = rank_map.listing(base.id_hash_ranks, places, rank_map.put_ranks[by_hash])
+    return spliced(base.id_hashes, gone, places, hashes[by_hash]), ranks
+
+
+def _changed_category_index(
+    base: Catalog, rank_map: RankMap, puts: Sequence[CatalogItem]
+) -> tuple[StringColumn, npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+    puts_of = _places_by_category(item.categories for item in puts)
+    names = sorted(puts_of)
+    name_places = np.array([bisect_left(base.category_names, name) for name in names], np.int64)
+    is_new = np.array(
+        [[name] != base.category_names[place : place + 1] for name, place in zip(names, name_places, strict=True)],
+        np.bool_,
+    )
+    places, put_ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    spans = zip(base.category_offsets[name_places], base.category_offsets[name_places + ~is_new], strict=True)
+    for name, (low, high) in zip(names, spans, strict=True):
+        places.append(low + np.searchsorted(base.category_ranks[low:high], rank_map.places[puts_of[name]]))
+        put_ranks.append(rank_map.put_ranks[puts_of[name]])
+    ranks, gone = rank_map.listing(base.category_ranks, np.concatenate(places), np.concatenate(put_ranks))
+    # Each name now stands behind the new ones before it; a name that has lost all its items goes.
+    sizes = np.diff(base.category_offsets - np.searchsorted(gone, base.category_offsets))
+    sizes = np.insert(sizes, name_places[is_new], 0)
+    sizes[name_places + np.cumsum(is_new) - is_new] += np.array([len(puts_of[name]) for name in names], np.int64)
+    new_names = [name for name, one_is in zip(names, is_new, strict=True) if one_is]
+    num_base = len(base.category_names)
+    sources = np.insert(np.arange(num_base), name_places[is_new], num_base + np.arange(len(new_names)))
+    merged = MergedColumn.over(base.category_names, new_names, sources[sizes > 0].astype(np.int32))
+    return merged, _offsets(sizes[sizes > 0]), ranks

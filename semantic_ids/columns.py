@@ -46,7 +46,9 @@ class StringColumn(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # counts from the end, and raises, as any sequence does
+        return self._read(range(len(self))[index])  # counts from the end, and raises, as any sequence does
+
+    def _read(self, place: int) -> str:
         return self.blob[self.offsets[place] : self.offsets[place + 1]].tobytes().decode()
 
     def take(self, places: npt.NDArray[np.integer]) -> list[str]:
@@ -64,3 +66,42 @@ class StringColumn(Sequence[str]):
     def map(cls, folder: Path, name: str) -> "StringColumn":
         """The column `name` of `folder`, memory-mapped."""
         return cls(map_array(folder, f"{name}.blob"), map_array(folder, f"{name}.offsets"))
+
+
+@dataclass(frozen=True)
+class MergedColumn(StringColumn):
+    """A column with strings left out, replaced and put between, as a view: its text is shared, not copied.
+
+    `blob` and `offsets` are those of the column of n strings that was changed.
+    """
+
+    added: StringColumn
+    sources: npt.NDArray[np.int32]  # (strings here,): the place in the changed column, or n + the place in `added`
+
+    @classmethod
+    def over(cls, base: StringColumn, added: Iterable[str], sources: npt.NDArray[np.int32]) -> "MergedColumn":
+        """The view of a plain column and of the strings `added` to it."""
+        return cls(base.blob, base.offsets, StringColumn.of(added), sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def _read(self, place: int) -> str:
+        source = int(self.sources[place])
+        return super()._read(source) if source < self._num_base else self.added[source - self._num_base]
+
+    @property
+    def _num_base(self) -> int:
+        return len(self.offsets) - 1
+
+    def take(self, places: npt.NDArray[np.integer]) -> list[str]:
+        """The strings at `places`, (M,), each in [0, len)."""
+        sources = self.sources[places]
+        is_added = sources >= self._num_base
+        of_base = iter(super().take(sources[~is_added]))
+        of_added = iter(self.added.take(sources[is_added] - self._num_base))
+        return [next(of_added if one_is else of_base) for one_is in is_added.tolist()]
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the column as a plain one, which `StringColumn.map` reads."""
+        StringColumn.of(self).save(folder, name)
