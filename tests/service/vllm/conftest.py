@@ -1,5 +1,6 @@
 """A real vLLM engine on a CPU, in its own process, shared by the session: it takes some twenty seconds to start."""
 
+import warnings
 from collections.abc import AsyncIterator
 
 import pytest
@@ -18,7 +19,8 @@ VLLM_SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads"
 def pytest_configure(config: pytest.Config) -> None:
     """vLLM's imports warn of its dependencies, and it leaves sockets to the end of the process: not ours to mend."""
     for category in ("DeprecationWarning", "FutureWarning", "UserWarning", "RuntimeWarning", "ResourceWarning"):
-        config.addinivalue_line("filterwarnings", f"ignore::{category}")
+        config.addinivalue_line("filterwarnings", f"ignore::{category}")  # while a test runs
+    warnings.simplefilter("ignore", ResourceWarning)  # at the end of the session
 
 
 @pytest.fixture(scope="session")
