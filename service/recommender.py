@@ -13,9 +13,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import structlog
 
 from semantic_ids.bundle import Bundle
+from semantic_ids.decoding.exploration import Exploration, ExplorationError, refuse_both
+from semantic_ids.diversity import mmr
 from semantic_ids.filters import FilterCompiler, ItemFilter
 from semantic_ids.prompt import PromptRenderer
 from service.engine.base import DecodeRequest, DecodeResult, Engine, EngineError, StepProgram, Think, sid_program
@@ -39,6 +42,8 @@ from service.user_context import UserContext, UserContexts
 log = structlog.get_logger(__name__)
 
 _ULID_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
+
+_POOL, _MAX_POOL = 3, 500  # candidates of diversity, for each item that is shown
 
 T = TypeVar("T")
 
@@ -101,8 +106,11 @@ class Recommender:
         if wanted == 0:
             decoded = Decoded(None, "filter_matches_nothing")
         else:
-            decoded = await self._decode(call, context, item_filter, request.num_items)
-        items = self._items(decoded, context, item_filter, wanted)
+            # Diversity chooses among more than are shown.
+            pool = min(_MAX_POOL, _POOL * request.num_items) if request.diversity else request.num_items
+            exploration = Exploration.of_request(request.exploration, wanted, secrets.randbits(64))
+            decoded = await self._decode(call, context, item_filter, pool, exploration)
+        items = self._items(decoded, context, item_filter, wanted, request.diversity)
         return RecommendResponse(**self._answer(call, context, decoded, endpoint="recommend"), items=items)
 
     async def rerank(self, request: RerankRequest, on_thought: TextListener | None = None) -> RerankResponse:
@@ -131,7 +139,14 @@ class Recommender:
         ]
         return RerankResponse(**self._answer(call, context, decoded, endpoint="rerank"), items=items)
 
-    async def _decode(self, call: "_Call", context: UserContext, item_filter: ItemFilter, num_items: int) -> Decoded:
+    async def _decode(
+        self,
+        call: "_Call",
+        context: UserContext,
+        item_filter: ItemFilter,
+        num_items: int,
+        exploration: Exploration | None = None,
+    ) -> Decoded:
         """Ask the engine within what is left of the deadline."""
         if context.history_unavailable and len(context.history) == 0:
             return Decoded(None, "history_unavailable")
@@ -144,6 +159,7 @@ class Recommender:
             width=max(self._beam_width, num_items),
             program=self._program(think),
             catalog_id=self._bundle.catalog_id,
+            exploration=exploration,
         )
         left_s = call.left_s()
         try:
@@ -182,17 +198,19 @@ class Recommender:
         return self._bundle.renderer.thought_text(decoded.result.thought)
 
     def _items(
-        self, decoded: Decoded, context: UserContext, item_filter: ItemFilter, wanted: int
+        self, decoded: Decoded, context: UserContext, item_filter: ItemFilter, wanted: int, diversity: float
     ) -> list[RecommendedItem]:
-        if decoded.result is not None:
-            scored = zip(decoded.result.ranks[:wanted].tolist(), decoded.result.scores[:wanted].tolist(), strict=True)
-            return [self._item(rank, place, score) for place, (rank, score) in enumerate(scored, start=1)]
+        if (result := decoded.result) is not None:
+            chosen = mmr(result.scores, self._catalog.codes[result.ranks], wanted, diversity)
+            propensity = np.ones(len(chosen)) if result.propensity is None else result.propensity[chosen]
+            shown = zip(result.ranks[chosen].tolist(), result.scores[chosen].tolist(), propensity.tolist(), strict=True)
+            return [self._item(rank, place, *scored) for place, (rank, *scored) in enumerate(shown, start=1)]
         if wanted == 0:
             return []
         ranks = fallback_ranks(self._bundle, context.history, item_filter, wanted)
         return [self._item(rank, place, None) for place, rank in enumerate(ranks.tolist(), start=1)]
 
-    def _item(self, rank: int, place: int, score: float | None) -> RecommendedItem:
+    def _item(self, rank: int, place: int, score: float | None, propensity: float = 1.0) -> RecommendedItem:
         return RecommendedItem(
             item_id=self._catalog.item_ids[rank],
             rank=place,
@@ -200,7 +218,7 @@ class Recommender:
             sid=self._catalog.sid(rank),
             title=self._catalog.titles[rank],
             source="model" if score is not None else "fallback",
-            propensity=1.0,
+            propensity=propensity,
         )
 
     def _answer(self, call: "_Call", context: UserContext, decoded: Decoded, *, endpoint: str) -> dict[str, Any]:
@@ -313,9 +331,10 @@ def _refuse_unsupported(request: UserRequest, bundle: Bundle) -> None:
             "reasoning 'on' needs a bundle with a reasoning model, and this one has none: use 'auto' or 'off'",
             errors=[FieldError(path="body.reasoning", message="not supported by the current bundle")],
         )
-    for name in ("diversity", "exploration"):
-        if getattr(request, name, 0.0):
+    if isinstance(request, RecommendRequest):
+        try:
+            refuse_both(request.diversity, request.exploration)
+        except ExplorationError as error:
             raise BadRequestProblem(
-                f"{name} is not supported yet: leave it out or send 0",
-                errors=[FieldError(path=f"body.{name}", message="must be 0")],
-            )
+                str(error), errors=[FieldError(path="body.exploration", message="not together with diversity")]
+            ) from error

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.codes import SidSpace, TokenIds
+from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import Ranks
 
@@ -111,6 +112,7 @@ class DecodeRequest:
     width: int
     program: StepProgram
     catalog_id: str  # the `Bundle.catalog_id` that prompt and filter were made for
+    exploration: Exploration | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class DecodeResult:
 
     ranks: Ranks  # (n,)
     scores: npt.NDArray[np.float32]  # (n,)
+    propensity: npt.NDArray[np.float64] | None = None  # (n,) with which each was shown; None without exploration
     thought: tuple[int, ...] = ()  # without the close
     thought_end: ThoughtEnd | None = None  # None where the program does not think
     queue_s: float = 0.0

@@ -182,10 +182,11 @@ class LocalEngine:
             [job.request.width for job in jobs],
             forced=forced,
             work=work,
+            exploration=[job.request.exploration for job in jobs],
         )
         seconds = time.monotonic() - start
         self._metrics.count_beam_work(work.steps, work.beams, work.closed_beams, work.masked_share)
-        results = [DecodeResult(answer.ranks, answer.scores, decode_s=seconds) for answer in answers]
+        results = [DecodeResult(answer.ranks, answer.scores, answer.propensity, decode_s=seconds) for answer in answers]
         return results if thought is None else [_with_thought(results[0], thought)]
 
 

@@ -46,6 +46,7 @@ from service.engine.base import (
 from service.engine.batching import Batcher
 from service.engine.vllm_wire import (
     CAPTURE_ARG,
+    PROPENSITY_DTYPE,
     RANK_DTYPE,
     SCORE_DTYPE,
     BeamRequest,
@@ -197,6 +198,7 @@ class _Beam:
 class _Found:
     ranks: Ranks
     scores: npt.NDArray[np.float32]
+    propensity: npt.NDArray[np.float64] | None
 
 
 class _Replica:
@@ -330,9 +332,9 @@ class _Replica:
         thought_at = time.monotonic()
         key = uuid4().hex
         try:
-            await self._prefill(prompt, key, room_for(steps.forced, request.width))
+            wire = BeamRequest(key, request.width, WireFilter.of(request.item_filter), request.exploration)
+            await self._prefill(prompt, key, room_for(steps.forced, wire.num_beams))
             self._metrics.engine_prefill_seconds.observe(time.monotonic() - thought_at)
-            wire = BeamRequest(key, request.width, WireFilter.of(request.item_filter))
             found = await self._batcher.submit(_Beam(wire, steps.forced, request.item_filter.bitmap))
         except asyncio.CancelledError:
             self._in_background(self._drop(key))
@@ -340,6 +342,7 @@ class _Replica:
         return DecodeResult(
             found.answer.ranks,
             found.answer.scores,
+            found.answer.propensity,
             thought=tuple(thought),
             thought_end=end,
             queue_s=queue_s + found.queue_s,
@@ -598,7 +601,12 @@ def _nothing_more(timeout: float | None = None) -> None:
 def _found(answer: dict[str, Any]) -> _Found | Exception:
     if "error" not in answer:
         ranks = np.frombuffer(answer["ranks"], RANK_DTYPE).astype(np.int64)
-        return _Found(ranks, np.frombuffer(answer["scores"], SCORE_DTYPE))
+        propensity = answer["propensity"]
+        return _Found(
+            ranks,
+            np.frombuffer(answer["scores"], SCORE_DTYPE),
+            None if propensity is None else np.frombuffer(propensity, PROPENSITY_DTYPE),
+        )
     text = f"{answer['error']}: {answer['message']}"
     is_ours = answer["error"] in ("internal", "unknown_capture", "unknown_catalog", "unknown_bitmap")
     return EngineUnavailableError(text) if is_ours else EngineError(text)

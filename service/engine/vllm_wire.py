@@ -4,17 +4,19 @@ Ranks travel as little-endian uint32, a category bitmap once, packed to a bit an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.filters import ItemFilter, RankBitmap
 from semantic_ids.trie import Ranks
 
 RANK_DTYPE = np.dtype("<u4")
 SCORE_DTYPE = np.dtype("<f4")
+PROPENSITY_DTYPE = np.dtype("<f8")  # they may be very small
 
 CAPTURE_ARG = "sid_capture"
 """The key in `SamplingParams.extra_args` of a prompt that is to be captured."""
@@ -87,20 +89,33 @@ class BeamRequest:
     key: str
     width: int
     item_filter: WireFilter
+    exploration: Exploration | None = None
+
+    @property
+    def num_beams(self) -> int:
+        """Beams that its search has at most."""
+        return self.width if self.exploration is None else self.exploration.num_beams(self.width)
 
     def as_wire(self) -> dict[str, Any]:
         """Natives only."""
-        return {"key": self.key, "width": self.width, "filter": self.item_filter.as_wire()}
+        return {
+            "key": self.key,
+            "width": self.width,
+            "filter": self.item_filter.as_wire(),
+            "exploration": None if self.exploration is None else list(astuple(self.exploration)),
+        }
 
     @classmethod
     def parse(cls, wire: Mapping[str, Any]) -> "BeamRequest":
         """Our own service sends it, so only its filter is checked."""
-        return cls(wire["key"], wire["width"], WireFilter.parse(wire["filter"]))
+        explored = wire["exploration"]
+        exploration = None if explored is None else Exploration(*explored)
+        return cls(wire["key"], wire["width"], WireFilter.parse(wire["filter"]), exploration)
 
 
-def room_for(forced: Sequence[Sequence[int]], width: int) -> int:
-    """Slots that a beam may need behind a prompt: `width` for each code but the last, and for each forced token."""
-    return width * (len(forced) - 1 + sum(map(len, forced)))
+def room_for(forced: Sequence[Sequence[int]], num_beams: int) -> int:
+    """Slots that a search may need behind a prompt: one a beam for each code but the last, and each forced token."""
+    return num_beams * (len(forced) - 1 + sum(map(len, forced)))
 
 
 @dataclass(frozen=True)

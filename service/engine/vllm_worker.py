@@ -24,6 +24,7 @@ from service.engine.vllm_runner import Capture, PagedState, PagedTreeDecoder
 from service.engine.vllm_store import STORE
 from service.engine.vllm_wire import (
     CAPTURE_ARG,
+    PROPENSITY_DTYPE,
     SCORE_DTYPE,
     BeamReport,
     BeamRequest,
@@ -163,15 +164,23 @@ class SidWorkerMixin:
                 del self._captures[request.key]
             raise
         del self._captures[request.key]
-        return _Job(kept.capture, item_filter, request.width)
+        return _Job(kept.capture, item_filter, request)
 
     def _beam(
         self, catalog_id: str, forced: Sequence[Sequence[int]], jobs: Sequence["_Job"], work: BeamWork
     ) -> list[ScoredItems]:
         trie = STORE.snapshot(catalog_id).catalog.trie
-        state = PagedState([job.capture for job in jobs], room_for(forced, max(job.width for job in jobs)))
-        filters, widths = [job.item_filter for job in jobs], [job.width for job in jobs]
-        return constrained_beam(self._ready_decoder(), trie, state, filters, widths, forced=forced, work=work)
+        room = room_for(forced, max(job.request.num_beams for job in jobs))
+        return constrained_beam(
+            self._ready_decoder(),
+            trie,
+            PagedState([job.capture for job in jobs], room),
+            [job.item_filter for job in jobs],
+            [job.request.width for job in jobs],
+            forced=forced,
+            work=work,
+            exploration=[job.request.exploration for job in jobs],
+        )
 
     def _ready_decoder(self) -> PagedTreeDecoder:
         if self._decoder is None:
@@ -230,7 +239,7 @@ class SidWorkerMixin:
 class _Job:
     capture: Capture
     item_filter: ItemFilter
-    width: int
+    request: BeamRequest
 
 
 def _as_wire(answer: ScoredItems | Exception) -> dict[str, Any]:
@@ -239,7 +248,9 @@ def _as_wire(answer: ScoredItems | Exception) -> dict[str, Any]:
     if isinstance(answer, Exception):
         log.error("beam_failed", exc_info=answer)
         return SidRequestError("internal", f"the beam failed: {type(answer).__name__}").as_wire()
-    return {"ranks": pack_ranks(answer.ranks), "scores": answer.scores.astype(SCORE_DTYPE).tobytes()}
+    propensity = None if answer.propensity is None else answer.propensity.astype(PROPENSITY_DTYPE).tobytes()
+    scores = answer.scores.astype(SCORE_DTYPE).tobytes()
+    return {"ranks": pack_ranks(answer.ranks), "scores": scores, "propensity": propensity}
 
 
 class SidGPUWorker(SidWorkerMixin, Worker):  # type: ignore[misc]

@@ -309,8 +309,6 @@ async def test_get_is_post_with_defaults(service: Service, user_id: str):
 @pytest.mark.parametrize(
     ("body", "path"),
     [
-        ({"diversity": 0.1}, "body.diversity"),
-        ({"exploration": 1.0}, "body.exploration"),
         ({"reasoning": "on"}, "body.reasoning"),
     ],
 )

@@ -234,7 +234,7 @@ class FakeLLM:
         everything = np.arange(len(snapshot.catalog))
         ranks = everything[item_filter.contains(everything)][: request.width]
         self.answered.append((catalog_id, prompt))
-        return {"ranks": pack_ranks(ranks), "scores": (-ranks).astype(SCORE_DTYPE).tobytes()}
+        return {"ranks": pack_ranks(ranks), "scores": (-ranks).astype(SCORE_DTYPE).tobytes(), "propensity": None}
 
     # ── the script ──
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from semantic_ids.bundle import Bundle
+from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter, RankBitmap
 from semantic_ids.prompt import HistoryItem
@@ -111,6 +112,22 @@ async def test_5000_requests_with_random_filters_get_no_illegal_item(vllm_engine
         requests = [random_request(vllm_bundle, rng) for _ in range(250)]
         for asked, result in zip(requests, await decode_all(vllm_engine, requests), strict=True):
             assert_legal(asked, result)
+
+
+async def test_exploration_draws_the_same_items_with_the_same_propensities_as_the_local_engine(
+    vllm_engine: VllmEngine, local_engine: LocalEngine, vllm_bundle: Bundle
+):
+    rng = np.random.default_rng(4)
+    requests = [
+        replace(random_request(vllm_bundle, rng), exploration=Exploration(1.0, seed, 8, seed % 3)) for seed in range(40)
+    ]
+    ours, theirs = await decode_all(vllm_engine, requests), await decode_all(local_engine, requests)
+    for asked, one, other in zip(requests, ours, theirs, strict=True):
+        assert asked.item_filter.contains(one.ranks).all()
+        assert one.ranks.tolist() == other.ranks.tolist()
+        assert one.propensity is not None
+        assert other.propensity is not None
+        np.testing.assert_allclose(one.propensity, other.propensity, rtol=1e-2)
 
 
 async def test_forced_tokens_between_codes_are_answered_as_by_the_local_engine(
