@@ -13,8 +13,7 @@ from service.engine.base import EngineError
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.engines import InstantEngine, SlowEngine
-from tests.service.running import Service, running
-from tests.service.test_errors import assert_problem
+from tests.service.running import Service, assert_problem, running
 from tests.service.world import ITEM_IDS, make_parts
 
 
