@@ -35,7 +35,7 @@ from service.engine.base import (
 from service.engine.local import LocalEngine, LocalEngineConfig
 from service.engine.vllm_engine import VllmEngine, VllmEngineConfig
 from service.engine.vllm_processors import SID_ARG, SidArgs
-from service.engine.vllm_wire import WireFilter
+from service.engine.vllm_wire import BeamRequest, WireFilter
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.running import Service, running
@@ -252,11 +252,7 @@ async def test_what_cannot_be_decoded_is_refused(
 async def test_a_request_that_fails_in_the_worker_fails_alone(vllm_engine: VllmEngine, vllm_bundle: Bundle):
     replica = vllm_engine._replicas[0]
     await replica._prefill(request(vllm_bundle).prompt.tolist(), "sound", 30)
-    everything = WireFilter(None, b"", None).as_wire()
-    asked = [
-        {"key": "nobody's", "width": 5, "filter": everything},
-        {"key": "sound", "width": 5, "filter": everything},
-    ]
+    asked = [BeamRequest(key, 5, WireFilter(None, b"", None)).as_wire() for key in ("nobody's", "sound")]
     report = (await replica._rpc("sid_beam", replica.catalog_id, [[], [], []], asked))[0]
     assert report["answers"][0]["error"] == "unknown_capture"
     assert len(report["answers"][1]["ranks"]) >= 4 * 5
