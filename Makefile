@@ -5,6 +5,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
+MINUTES ?= 10
 # Own data: make demo DATA=dir, with interactions.csv|parquet and items.csv|jsonl|parquet.
 DATA ?=
 RUN ?= runs/$(if $(DATA),$(notdir $(abspath $(DATA))),demo)
@@ -20,7 +21,7 @@ endif
 
 export VENV
 
-.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-tokenizers bench-tokenizer-step constraints clean
+.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-overload bench-tokenizers bench-tokenizer-step constraints test-contract clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,10 @@ test: ## all checks and tests (installs what they need)
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(BIN)/pytest tests/service/vllm $(PYTEST_ARGS)
 
+test-contract: ## Schemathesis against the running service, all checks, MINUTES=10
+	@scripts/bootstrap.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.service.contract --minutes $(MINUTES) $(ARGS)
+
 lint: ## format and fix
 	@scripts/bootstrap.sh dev
 	$(BIN)/ruff check --fix .
@@ -64,6 +69,10 @@ bench-engine: ## the local engine against a naive one, the vLLM engine against v
 bench-http: ## HTTP latency, saturation and memory with an engine that answers at once (about 5 minutes)
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.http
+
+bench-overload: ## latency and shedding at 80 % and 200 % of saturation, with the local engine (about 3 minutes)
+	@scripts/bootstrap.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.overload
 
 bench-tokenizers: ## one small generator on the SIDs of every tokenizer (hours; DATA=dir RUN=dir, ARGS=… as in its --help)
 	@scripts/bootstrap.sh dev

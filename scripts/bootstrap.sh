@@ -26,11 +26,11 @@ find_python() {
 # An extra and the extras in it, as in pyproject.toml.
 whole() {
   case $1 in
-    dev) echo dev service training engine base-model ;;
+    dev) echo dev service training engine base-model client ;;
     training) echo training engine ;;
     vllm | vllm-cpu) echo "$1" service engine ;;
-    service | engine | base-model) echo "$1" ;;
-    *) die "there is no extra $1. There are: service, engine, training, vllm-cpu, vllm, base-model, dev." ;;
+    service | engine | base-model | client) echo "$1" ;;
+    *) die "there is no extra $1. There are: service, engine, training, vllm-cpu, vllm, base-model, client, dev." ;;
   esac
 }
 

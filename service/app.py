@@ -1,8 +1,9 @@
 """The composition root: settings in, a running application out. Nothing else decides what is wired to what."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -10,20 +11,31 @@ import structlog
 from fastapi import FastAPI
 
 from semantic_ids.bundle import Bundle, current_id
-from service import errors, routes
-from service.admission import Admission
+from service import errors, experiment_routes, item_routes, openapi, routes
+from service.admission import Admission, EarlyGate
+from service.breaker import Breaker, GuardedHistories
 from service.deployments import Deployments
 from service.engine.base import Engine
-from service.histories import Histories, connect
+from service.experiments.runtime import Experiments
+from service.fallback import AnswerCache
+from service.histories import connect
+from service.item_store import ItemStore, ItemStoreError
+from service.items import Items
+from service.live_catalog import LiveCatalog
 from service.metrics import Metrics
 from service.middleware import Instrumented
+from service.rate_limits import RateLimits
 from service.recommender import Recommender, ThinkingLimits
 from service.redis_server import EmbeddedRedis, check_durability
+from service.request_limits import RequestLimits
 from service.security import ApiKeys
 from service.settings import Settings
 from service.state import State
+from service.tracing import Traced
 
 log = structlog.get_logger(__name__)
+
+_SWITCH_INTERVAL_S = 0.0001
 
 EngineFactory: TypeAlias = Callable[[Bundle, Settings, Metrics], Engine]
 
@@ -47,6 +59,8 @@ def make_engine(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
         )
     from service.engine.local import LocalEngine, LocalEngineConfig
 
+    # Decoding in a thread is much Python: with 5 ms a turn, as by default, every event of the loop waits for its turn.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return LocalEngine(bundle, LocalEngineConfig(settings.decode_threads, settings.max_batch, settings.dtype), metrics)
 
 
@@ -84,8 +98,14 @@ def create_app(
     errors.install(app)
     app.include_router(routes.api)
     app.include_router(routes.admin)
+    app.include_router(item_routes.router)
+    app.include_router(experiment_routes.router)
     app.include_router(routes.operations)
+    openapi.install(app)
+    app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s)
+    app.add_middleware(EarlyGate)
     app.add_middleware(Instrumented, metrics=metrics)
+    app.add_middleware(Traced)
     return app
 
 
@@ -97,23 +117,59 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
     stack.push_async_callback(redis.aclose)
     if settings.redis_url is not None and (warning := await check_durability(redis)) is not None:
         log.warning("redis_durability", detail=warning)
-    histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=settings.history_ttl_s)
+    histories = GuardedHistories(
+        Breaker("redis", metrics, threshold=settings.redis_breaker_failures, open_s=settings.redis_breaker_open_s),
+        redis,
+        max_stored=settings.history_max_stored,
+        ttl_s=settings.history_ttl_s,
+    )
+    answers = AnswerCache(settings.answer_cache_size, settings.answer_cache_ttl_s)
+    experiments = Experiments(redis, settings.experiments, on_dropped=metrics.exposures_dropped.inc)
+    stack.push_async_callback(experiments.stop)
+    await experiments.start()
+    _run_in_background(experiments.follow(settings.follow_experiments_s), "follow-experiments", stack)
     limits = ThinkingLimits(settings.think_max_tokens, settings.think_max_seconds)
+    live = LiveCatalog(ItemStore(redis, timeout_s=settings.redis_timeout_s), metrics)
+    with suppress(ItemStoreError):  # not ready then, and read as soon as Redis answers
+        await live.load()
     deployments = Deployments(
         settings.bundles,
         lambda bundle: engine_factory(bundle, settings, metrics),
-        lambda bundle, engine: Recommender(bundle, engine, histories, metrics, settings.beam_width, limits),
+        lambda bundle, engine: Recommender(
+            bundle,
+            engine,
+            histories,
+            metrics,
+            settings.beam_width,
+            limits,
+            deleted_since=live.deleted_since,
+            experiments=experiments,
+            answers=answers,
+            breaker=Breaker("engine", metrics, threshold=settings.breaker_failures, open_s=settings.breaker_open_s),
+        ),
         metrics,
+        live,
     )
     stack.push_async_callback(deployments.stop)
     await deployments.start()
+    _run_in_background(live.follow(), "follow-items", stack)
+    _run_in_background(deployments.follow_catalog(), "follow-catalog", stack)
+    items = Items(live, deployments)
+    items.start()
+    stack.push_async_callback(items.stop)
     _run_in_background(deployments.follow(settings.follow_bundles_s), "follow-bundles", stack)
+    admission = Admission(settings.max_in_flight, metrics)
+    _run_in_background(admission.watch(), "admission", stack)
     return State(
         deployments=deployments,
+        live=live,
+        items=items,
         redis=redis,
         histories=histories,
-        admission=Admission(settings.max_in_flight, metrics),
+        experiments=experiments,
+        admission=admission,
         api_keys=ApiKeys(settings.api_key_hashes, settings.admin_key_hashes),
+        rate_limits=RateLimits(redis, metrics, per_s=settings.rate_limit_per_s, burst=settings.rate_limit_burst),
         metrics=metrics,
     )
 

@@ -23,10 +23,10 @@ from rich.progress import Progress
 from semantic_ids.bundle import MANIFEST, BundleError, activate, current_id
 from service.histories import EventType, Histories, HistoryEntry, HistoryUnavailableError, connect
 from service.logs import configure
-from service.redis_keys import import_marker
+from service.redis_keys import DEFAULT_NAMESPACE, import_marker
 from service.redis_server import EmbeddedRedis, EmbeddedRedisError
 from service.security import hash_key
-from service.settings import Settings
+from service.settings import Settings, is_tenant
 
 console = Console(stderr=True)
 
@@ -57,11 +57,15 @@ def run(
     ] = None,
 ) -> None:
     """Serve until Ctrl-C."""
+    from service import tracing
     from service.app import create_app
+    from service.routes import service_version
     from service.server import Server
 
     settings = _settings()
     configure(settings.log_level, settings.log_format)
+    if settings.otlp_endpoint is not None:
+        tracing.configure(settings.otlp_endpoint, service_version())
     listener = _listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{listener.getsockname()[1]}"
@@ -85,12 +89,17 @@ def run(
 @app.command("import-histories")
 def import_histories(
     file: Annotated[Path, typer.Argument(help="JSON lines: {user_id, events: [[item_id, timestamp, event_type], …]}")],
+    tenant: Annotated[str, typer.Option(help="Whose users they are: the tenant of the keys that ask for them.")] = (
+        DEFAULT_NAMESPACE
+    ),
 ) -> None:
     """Load users' histories into Redis. To import the same file again does nothing."""
     _check_exists(file)
+    if not is_tenant(tenant):
+        raise ServeError(f"the tenant {tenant!r} must be 1 to 32 of a-z, 0-9 and -")
     settings = _settings()
     configure("warning", "console")
-    asyncio.run(_import(settings, file))
+    asyncio.run(_import(settings, file, tenant))
 
 
 @app.command("activate")
@@ -182,7 +191,7 @@ def _first_history(file: Path) -> tuple[str, list[HistoryEntry]]:
     raise ServeError(f"{file} holds no history: make it with `sidrec-train publish`")
 
 
-async def _import(settings: Settings, file: Path) -> None:
+async def _import(settings: Settings, file: Path, tenant: str) -> None:
     async with AsyncExitStack() as stack:
         url = settings.redis_url
         try:
@@ -193,11 +202,13 @@ async def _import(settings: Settings, file: Path) -> None:
             redis = connect(url, timeout_s=_IMPORT_TIMEOUT_S, max_connections=4)
             stack.push_async_callback(redis.aclose)
             content = await asyncio.to_thread(file.read_bytes)
-            marker = import_marker(hashlib.sha256(content).hexdigest())
+            marker = import_marker(hashlib.sha256(content).hexdigest(), tenant)
             if await redis.exists(marker):
                 console.print(f"{file}: imported before, nothing to do", highlight=False)
                 return
-            histories = Histories(redis, max_stored=settings.history_max_stored, ttl_s=settings.history_ttl_s)
+            histories = Histories(
+                redis, namespace=tenant, max_stored=settings.history_max_stored, ttl_s=settings.history_ttl_s
+            )
             users = list(_read_histories(file))
             with Progress(console=console) as progress:
                 task = progress.add_task("import histories", total=sum(len(entries) for _, entries in users))

@@ -23,6 +23,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b, sha1
@@ -35,6 +36,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import DataError, NoScriptError, RedisError, ResponseError
 
+from service.event_types import EventType as EventType  # noqa: PLC0414 - a word of this module's too
 from service.redis_keys import DEFAULT_NAMESPACE, UserKeys, user_keys
 
 _IMPORT_CALL_EVENTS = 1_000
@@ -48,17 +50,6 @@ class HistoryUnavailableError(Exception):
 
     The text names only the kind of failure, so that it may be shown; `__cause__` has the rest.
     """
-
-
-class EventType(StrEnum):
-    """What a user did with an item."""
-
-    IMPRESSION = "impression"
-    CLICK = "click"
-    PURCHASE = "purchase"
-    LIKE = "like"
-    DISLIKE = "dislike"
-    HIDE = "hide"
 
 
 @dataclass(frozen=True)
@@ -217,6 +208,12 @@ class Histories:
         self._namespace = namespace
         self._max_stored = max_stored
         self._settings = [str(max_stored), str(max_event_ids), str(ttl_s or 0)]
+
+    def of(self, namespace: str) -> "Histories":
+        """The same store for the users of another tenant, on the same connections."""
+        view = copy(self)
+        view._namespace = namespace
+        return view
 
     async def record(self, events: Sequence[Event]) -> list[bool]:
         """For each event, in the given order: True if it is new and now stored, False if its id was stored before.

@@ -32,6 +32,26 @@ class Metrics:
         self.shed = Counter(
             "sidrec_shed", "Requests turned away with 503, by reason.", ("reason",), registry=self.registry
         )
+        self.rate_limited = Counter(
+            "sidrec_rate_limited", "Requests turned away with 429, by key.", ("key",), registry=self.registry
+        )
+        self.rate_limit_failures = Counter(
+            "sidrec_rate_limit_failures", "Requests let pass uncounted: Redis did not answer.", registry=self.registry
+        )
+        self.predicted_wait = Gauge(
+            "sidrec_predicted_wait_seconds",
+            "How long the engine would take to answer a request that came now.",
+            registry=self.registry,
+        )
+        self.fallback_items = Counter(
+            "sidrec_fallback_items", "Items not from the model, by list.", ("source",), registry=self.registry
+        )
+        self.breaker_state = Gauge(
+            "sidrec_breaker_state", "0 closed, 1 half-open, 2 open.", ("dependency",), registry=self.registry
+        )
+        self.breaker_opened = Counter(
+            "sidrec_breaker_opened", "Times a breaker opened.", ("dependency",), registry=self.registry
+        )
         self.answers = Counter(
             "sidrec_answers", "Answers by source and reason.", ("endpoint", "source", "reason"), registry=self.registry
         )
@@ -93,6 +113,9 @@ class Metrics:
         self.engine_thoughts = Counter(
             "sidrec_engine_thoughts", "Thoughts by what ended them.", ("end",), registry=self.registry
         )
+        self.exposures_dropped = Counter(
+            "sidrec_exposures_dropped", "Exposures and outcomes of experiments that were lost.", registry=self.registry
+        )
         self.bundle = Gauge("sidrec_bundle", "1 for the bundle being served.", ("bundle",), registry=self.registry)
         self.activations = Counter(
             "sidrec_bundle_activations",
@@ -101,6 +124,15 @@ class Metrics:
             registry=self.registry,
         )
         self.catalog_epoch = Gauge("sidrec_catalog_epoch", "The catalogue epoch being served.", registry=self.registry)
+        self.catalog_changes = Counter(
+            "sidrec_catalog_changes", "Items put and deleted through this process.", ("kind",), registry=self.registry
+        )
+        self.catalog_build_seconds = Histogram(
+            "sidrec_catalog_build_seconds",
+            "Time to make a catalogue epoch.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
 
     def count_beam_work(self, steps: int, beams: int, closed_beams: int, masked_share: float) -> None:
         """Add what one search did."""

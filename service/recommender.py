@@ -7,10 +7,13 @@ A thought gets what the deadline leaves beside the rest of the engine's work, so
 """
 
 import asyncio
+import copy
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,12 +24,29 @@ from semantic_ids.decoding.exploration import Exploration, ExplorationError, ref
 from semantic_ids.diversity import mmr
 from semantic_ids.filters import FilterCompiler, ItemFilter
 from semantic_ids.prompt import PromptRenderer
-from service.engine.base import DecodeRequest, DecodeResult, Engine, EngineError, StepProgram, Think, sid_program
+from service import tracing
+from service.admission import EngineLine, Place
+from service.breaker import Breaker, BreakerOpenError
+from service.engine.base import (
+    DecodeRequest,
+    DecodeResult,
+    Engine,
+    EngineError,
+    EngineUnavailableError,
+    StepProgram,
+    Think,
+    sid_program,
+)
 from service.errors import BadRequestProblem, FieldError
-from service.fallback import fallback_ranks
+from service.experiments.assignment import Assignment, merged_overrides
+from service.experiments.config import VariantOverrides
+from service.experiments.exposures import Exposure
+from service.experiments.runtime import Experiments, unit_of
+from service.fallback import CACHE, AnswerCache, Asked, PopularByCategory, cache_key, fallback_items
 from service.histories import Histories
 from service.metrics import Metrics
 from service.schemas import (
+    ExperimentInfo,
     Reason,
     RecommendedItem,
     RecommendRequest,
@@ -34,12 +54,16 @@ from service.schemas import (
     RerankedItem,
     RerankRequest,
     RerankResponse,
+    Source,
     UserRequest,
     Versions,
 )
 from service.user_context import UserContext, UserContexts
 
 log = structlog.get_logger(__name__)
+
+_ANSWER_SHARE, _ANSWER_MOST_S = 0.04, 0.02
+"""Of a deadline: kept for the fallback and the way back, so that a late engine does not make a late answer."""
 
 _ULID_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 
@@ -78,29 +102,61 @@ class Recommender:
         metrics: Metrics,
         beam_width: int,
         thinking_limits: ThinkingLimits | None = None,
+        deleted_since: Callable[[int], frozenset[str]] = lambda _epoch: frozenset(),
+        experiments: Experiments | None = None,
+        answers: AnswerCache | None = None,
+        breaker: Breaker | None = None,
     ) -> None:
-        self._bundle = bundle
-        self._catalog = bundle.catalog
+        self._histories = histories
         self._engine = engine
         self._metrics = metrics
         self._beam_width = beam_width
         self._thinking_limits = thinking_limits or ThinkingLimits()
+        self._deleted_since = deleted_since
+        self._experiments = experiments
         self._reserve = _Reserve()
+        self._line = EngineLine(metrics)
+        self._answers = AnswerCache() if answers is None else answers
+        self._breaker = breaker or Breaker("engine", metrics, threshold=5, open_s=2.0)
+        self._use(bundle)
+
+    def on(self, bundle: Bundle) -> "Recommender":
+        """The same recommender on another epoch of its bundle's catalogue; this one goes on as it is."""
+        other = copy.copy(self)
+        other._use(bundle)
+        return other
+
+    def _use(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._catalog = bundle.catalog
         self._filters = FilterCompiler(bundle.catalog)
-        self._contexts = UserContexts(histories, bundle.catalog, bundle.renderer, metrics)
+        self._popular_in = PopularByCategory(bundle)
+        self._contexts = UserContexts(self._histories, bundle.catalog, bundle.renderer, self._metrics)
         self._versions = Versions(
             bundle=bundle.bundle_id, catalog_epoch=bundle.catalog.epoch, prompt=bundle.manifest.prompt.version
         )
 
-    async def recommend(self, request: RecommendRequest, on_thought: TextListener | None = None) -> RecommendResponse:
+    async def recommend(
+        self, request: RecommendRequest, tenant: str, on_thought: TextListener | None = None
+    ) -> RecommendResponse:
         """At most `num_items` eligible items, best first; never an item outside catalogue, filter and unseen.
 
         `on_thought` hears the thought as it is written; the pieces together are its rationale.
         """
         _refuse_unsupported(request, self._bundle)
+        variant = self._variant(request, tenant)
+        request = variant.applied_to(request, can_think=self._bundle.renderer.thinking is not None)
         call = _Call(request, on_thought)
-        context = await call.timed("history", self._contexts.load(request, call.left_s()))
+        with self._place_in_line(call):
+            answer = await self._recommend(request, tenant, call, variant)
+        return self._exposed(answer, tenant, variant)
+
+    async def _recommend(
+        self, request: RecommendRequest, tenant: str, call: "_Call", variant: "_Variant"
+    ) -> RecommendResponse:
+        context = await call.timed("history", self._contexts.load(request, tenant, call.left_s()))
         deny = context.excluded | (context.seen if request.exclude_seen else frozenset())
+        deny |= self._deleted_since(self._catalog.epoch)
         item_filter = self._filters.compile(request.filter.spec(), deny)
         wanted = min(request.num_items, item_filter.num_eligible)
         if wanted == 0:
@@ -109,26 +165,42 @@ class Recommender:
             # Diversity chooses among more than are shown.
             pool = min(_MAX_POOL, _POOL * request.num_items) if request.diversity else request.num_items
             exploration = Exploration.of_request(request.exploration, wanted, secrets.randbits(64))
-            decoded = await self._decode(call, context, item_filter, pool, exploration)
+            decoded = await self._decode(call, context, item_filter, pool, exploration, variant.overrides.beam_width)
+            decoded = _repaired(decoded, item_filter, wanted)
+            self._remember(request, tenant, context, decoded)
         items = self._items(decoded, context, item_filter, wanted, request.diversity)
-        return RecommendResponse(**self._answer(call, context, decoded, endpoint="recommend"), items=items)
+        items += self._fallback(request, tenant, context, item_filter, wanted, items)
+        answer = self._answer(call, context, decoded, endpoint="recommend", source=_source_of(items))
+        return RecommendResponse(**answer, items=items)
 
-    async def rerank(self, request: RerankRequest, on_thought: TextListener | None = None) -> RerankResponse:
+    async def rerank(
+        self, request: RerankRequest, tenant: str, on_thought: TextListener | None = None
+    ) -> RerankResponse:
         """Every candidate once, by the same score as `recommend` gives it; unknown ones last in the order given."""
         _refuse_unsupported(request, self._bundle)
         call = _Call(request, on_thought)
-        context = await call.timed("history", self._contexts.load(request, call.left_s()))
-        ranks, unknown = self._catalog.ranks_of(request.candidates)
+        with self._place_in_line(call):
+            return await self._rerank(request, tenant, call)
+
+    async def _rerank(self, request: RerankRequest, tenant: str, call: "_Call") -> RerankResponse:
+        context = await call.timed("history", self._contexts.load(request, tenant, call.left_s()))
+        deleted = self._deleted_since(self._catalog.epoch)
+        ranks, unknown = self._catalog.ranks_of(item for item in request.candidates if item not in deleted)
+        unknown = [item for item in request.candidates if item in deleted.union(unknown)] if deleted else unknown
         if len(ranks) == 0:
             decoded = Decoded(None, None)
         else:
             only_candidates = ItemFilter.of(len(self._catalog), allow=ranks)
             decoded = await self._decode(call, context, only_candidates, len(ranks))
+            decoded = _repaired(decoded, only_candidates, len(ranks))
         known: list[tuple[int, float | None]]
         if decoded.result is not None:
             known = list(zip(decoded.result.ranks.tolist(), decoded.result.scores.tolist(), strict=True))
-        else:  # no score: what is popular first, and equal ones as given
-            known = [(rank, None) for rank in sorted(ranks.tolist(), key=lambda rank: -self._catalog.popularity[rank])]
+        else:
+            known = []
+        # Without a score: what is popular first, and equal ones as given.
+        unscored = [rank for rank in ranks.tolist() if rank not in {rank for rank, _ in known}]
+        known += [(rank, None) for rank in sorted(unscored, key=lambda rank: -self._catalog.popularity[rank])]
         items = [
             RerankedItem(item_id=self._catalog.item_ids[rank], rank=place, score=score, known=True)
             for place, (rank, score) in enumerate(known, start=1)
@@ -146,6 +218,7 @@ class Recommender:
         item_filter: ItemFilter,
         num_items: int,
         exploration: Exploration | None = None,
+        beam_width: int | None = None,
     ) -> Decoded:
         """Ask the engine within what is left of the deadline."""
         if context.history_unavailable and len(context.history) == 0:
@@ -156,24 +229,54 @@ class Recommender:
         decode_request = DecodeRequest(
             prompt=self._contexts.prompt(context, thinking=think is not None),
             item_filter=item_filter,
-            width=max(self._beam_width, num_items),
+            width=max(beam_width or self._beam_width, num_items),
             program=self._program(think),
             catalog_id=self._bundle.catalog_id,
             exploration=exploration,
         )
-        left_s = call.left_s()
+        left_s = call.left_for_engine_s()
         try:
-            async with asyncio.timeout(left_s):
-                result = await call.timed("decode", self._engine.decode(decode_request, self._token_listener(call)))
+            with self._breaker.attempt(lambda error: self._is_failure(error, call.place)):
+                async with asyncio.timeout(left_s):
+                    work = self._engine.decode(decode_request, self._token_listener(call))
+                    result = await call.timed("decode", work)
+        except BreakerOpenError:
+            return Decoded(None, "engine_unavailable")
         except TimeoutError:
+            call.was_late()
             self._reserve.was_late(left_s - (think.max_seconds if think is not None else 0.0))
             return Decoded(None, "deadline")
         except EngineError as error:
             log.warning("engine_failed", error=str(error))
             return Decoded(None, "engine_unavailable")
+        call.was_answered(result.think_s)
         call.split_reasoning(result.think_s)
         self._reserve.was_in_time(call.stages["decode"])
         return Decoded(result, "history_unavailable" if context.history_unavailable else None)
+
+    def _variant(self, request: RecommendRequest, tenant: str) -> "_Variant":
+        """The experiments that the request's user is in, where the request leaves to the service what they vary."""
+        if self._experiments is None or request.user_id is None or not _leaves_open(request):
+            return _Variant(())
+        return _Variant(self._experiments.assign(unit_of(tenant, request.user_id)))
+
+    def _exposed(self, answer: RecommendResponse, tenant: str, variant: "_Variant") -> RecommendResponse:
+        """The answer with its experiment; its exposure is noted."""
+        if self._experiments is None or not variant.assignments or answer.user_id is None:
+            return answer
+        self._experiments.exposed(
+            Exposure(
+                answer.recommendation_id,
+                unit_of(tenant, answer.user_id),
+                variant.assignments,
+                time.time(),
+                answer.timings_ms["total"],
+                answer.degraded,
+                len(answer.items),
+            )
+        )
+        first = variant.assignments[0]
+        return answer.model_copy(update={"experiment": ExperimentInfo(name=first.experiment, variant=first.variant)})
 
     def _think(self, call: "_Call") -> Think | None:
         """The thought that a request may have; None where it asks for none."""
@@ -205,25 +308,91 @@ class Recommender:
             propensity = np.ones(len(chosen)) if result.propensity is None else result.propensity[chosen]
             shown = zip(result.ranks[chosen].tolist(), result.scores[chosen].tolist(), propensity.tolist(), strict=True)
             return [self._item(rank, place, *scored) for place, (rank, *scored) in enumerate(shown, start=1)]
-        if wanted == 0:
-            return []
-        ranks = fallback_ranks(self._bundle, context.history, item_filter, wanted)
-        return [self._item(rank, place, None) for place, rank in enumerate(ranks.tolist(), start=1)]
+        return []
 
-    def _item(self, rank: int, place: int, score: float | None, propensity: float = 1.0) -> RecommendedItem:
+    def _fallback(
+        self,
+        request: RecommendRequest,
+        tenant: str,
+        context: UserContext,
+        item_filter: ItemFilter,
+        wanted: int,
+        items: Sequence[RecommendedItem],
+    ) -> list[RecommendedItem]:
+        """What the policy adds to the items of the model, so that there are as many as are wanted."""
+        if len(items) >= wanted:
+            return []
+        already, _ = self._catalog.ranks_of(item.item_id for item in items)
+        cached = self._answers.get(cache_key(tenant, request.user_id, request.inline_history()))
+        ranks_by_id = {item_id: self._catalog.rank_of(item_id) for item_id in cached}
+        asked = Asked(
+            self._bundle,
+            context.history,
+            np.array([rank for rank in ranks_by_id.values() if rank is not None], np.int64),
+            self._popular_in,
+        )
+        added = fallback_items(asked, item_filter, wanted - len(items), already=already)
+        for item in added:
+            self._metrics.fallback_items.labels(item.source).inc()
+        return [
+            self._item(item.rank, place, None, source="cache" if item.source == CACHE else "fallback")
+            for place, item in enumerate(added, start=len(items) + 1)
+        ]
+
+    def _remember(self, request: RecommendRequest, tenant: str, context: UserContext, decoded: Decoded) -> None:
+        """Keep what the model answered, unless it explored, for when it cannot: unseen items, best first."""
+        if decoded.result is None or decoded.result.propensity is not None:
+            return
+        hidden = context.seen | context.excluded
+        item_ids = self._catalog.item_ids.take(decoded.result.ranks)
+        key = cache_key(tenant, request.user_id, request.inline_history())
+        self._answers.put(key, (item_id for item_id in item_ids if item_id not in hidden))
+
+    def _is_failure(self, error: BaseException, place: Place | None) -> bool | None:
+        """Whether the engine is to blame. A timeout is its fault only if it answered nobody else meanwhile either."""
+        if isinstance(error, TimeoutError):
+            return True if place is not None and self._line.is_stalled_for(place) else None
+        return True if isinstance(error, EngineUnavailableError) else None
+
+    @contextmanager
+    def _place_in_line(self, call: "_Call") -> Iterator[None]:
+        """A place in the engine's line for a request that may need it; `UnavailableProblem` if that would be too long.
+
+        While the engine's breaker is not closed nobody waits for it, so nobody is shed either.
+        """
+        if call.request.user_id is None and not call.request.history:
+            yield
+            return
+        with self._line.place(call.left_s(), unconditional=not self._breaker.is_closed) as call.place:
+            yield
+
+    def withdraw(self, tenant: str, user_id: str, item_ids: Sequence[str]) -> None:
+        """The user has seen or dislikes these items: no kept answer shows them, even if Redis could not tell."""
+        self._answers.withdraw(cache_key(tenant, user_id, None), item_ids)
+
+    def forget(self, tenant: str, user_id: str) -> None:
+        """The user is erased: so is the kept answer."""
+        self._answers.forget(cache_key(tenant, user_id, None))
+
+    def _item(
+        self, rank: int, place: int, score: float | None, propensity: float = 1.0, *, source: Source = "model"
+    ) -> RecommendedItem:
         return RecommendedItem(
             item_id=self._catalog.item_ids[rank],
             rank=place,
             score=score,
             sid=self._catalog.sid(rank),
             title=self._catalog.titles[rank],
-            source="model" if score is not None else "fallback",
+            source=source,
             propensity=propensity,
         )
 
-    def _answer(self, call: "_Call", context: UserContext, decoded: Decoded, *, endpoint: str) -> dict[str, Any]:
-        """The fields that both answers share."""
-        source = "model" if decoded.result is not None else "fallback"
+    def _answer(
+        self, call: "_Call", context: UserContext, decoded: Decoded, *, endpoint: str, source: Source | None = None
+    ) -> dict[str, Any]:
+        """The fields that both answers share; `source` where it is not simply whether the model answered."""
+        if source is None:
+            source = "model" if decoded.result is not None else "fallback"
         self._metrics.answers.labels(endpoint, source, decoded.reason or "").inc()
         for stage, seconds in call.stages.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
@@ -241,12 +410,40 @@ class Recommender:
         }
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """The arms that one request is in."""
+
+    assignments: tuple[Assignment, ...]
+
+    @cached_property
+    def overrides(self) -> VariantOverrides:
+        """What they change, together."""
+        return merged_overrides(self.assignments)
+
+    def applied_to(self, request: RecommendRequest, *, can_think: bool) -> RecommendRequest:
+        """The request as the arms want it answered; on a bundle that cannot think none does."""
+        if not self.assignments:
+            return request
+        wishes: dict[str, Any] = {"include_rationale": self.overrides.rationale, "diversity": self.overrides.diversity}
+        if self.overrides.reasoning is not None and can_think:
+            wishes["reasoning"] = "on" if self.overrides.reasoning else "off"
+        return request.model_copy(update={name: wish for name, wish in wishes.items() if wish is not None})
+
+
+def _leaves_open(request: RecommendRequest) -> bool:
+    """Whether the request has no wish of its own for what experiments vary: else its variant would not show in it."""
+    wishes = {"include_rationale", "diversity", "exploration"} & request.model_fields_set
+    return request.reasoning == "auto" and not wishes
+
+
 class _Call:
     """One request under way: its deadline, its stage times, and who hears its thought."""
 
     def __init__(self, request: UserRequest, on_thought: TextListener | None) -> None:
         self.request = request
         self.on_thought = on_thought
+        self.place: Place | None = None
         self._start = time.perf_counter()
         self._deadline_s = request.deadline_ms / 1000
         self.stages: dict[str, float] = {}
@@ -260,7 +457,8 @@ class _Call:
         """Await `work` and note how long it took."""
         start = time.perf_counter()
         try:
-            return await work
+            with tracing.span(stage):
+                return await work
         finally:
             self.stages[stage] = time.perf_counter() - start
 
@@ -269,6 +467,20 @@ class _Call:
         if self.thinks:
             self.stages["reasoning"] = think_s
             self.stages["decode"] -= think_s
+
+    def was_answered(self, thought_s: float) -> None:
+        """The engine has answered: it is the next one's turn."""
+        if self.place is not None:
+            self.place.answered(thought_s)
+
+    def was_late(self) -> None:
+        """The engine has not answered in time."""
+        if self.place is not None:
+            self.place.was_late()
+
+    def left_for_engine_s(self) -> float:
+        """What remains of the deadline, less what an answer without the engine takes."""
+        return max(0.0, self.left_s() - min(_ANSWER_MOST_S, _ANSWER_SHARE * self._deadline_s))
 
     def left_s(self) -> float:
         """What remains of the deadline."""
@@ -316,6 +528,30 @@ class _ThoughtText:
         if len(text) > self._num_told:
             self._on_text(text[self._num_told :])
             self._num_told = len(text)
+
+
+def _repaired(decoded: Decoded, item_filter: ItemFilter, wanted: int) -> Decoded:
+    """What of the engine's answer may be shown, each item once; flagged where anything had to go or is missing."""
+    if (result := decoded.result) is None:
+        return decoded
+    known = (result.ranks >= 0) & (result.ranks < item_filter.num_items) & np.isfinite(result.scores)
+    keep = np.zeros(len(result.ranks), np.bool_)
+    keep[np.unique(result.ranks, return_index=True)[1]] = True
+    keep &= known & item_filter.contains(np.where(known, result.ranks, 0))
+    if keep.all() and len(keep) >= wanted:
+        return decoded
+    log.error("model_output_repaired", num_items=len(keep), num_kept=int(keep.sum()), wanted=wanted)
+    if not keep.any():
+        return Decoded(None, "model_output_repaired")
+    propensity = None if result.propensity is None else result.propensity[keep]
+    kept = replace(result, ranks=result.ranks[keep], scores=result.scores[keep], propensity=propensity)
+    return Decoded(kept, "model_output_repaired")
+
+
+def _source_of(items: Sequence[RecommendedItem]) -> Source:
+    """What an answer is mostly thanks to: the model, its last answer, or neither."""
+    sources = {item.source for item in items}
+    return next((source for source in ("model", "cache") if source in sources), "fallback")
 
 
 def new_ulid() -> str:

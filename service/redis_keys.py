@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 PREFIX = "sidrec"
 DEFAULT_NAMESPACE = "default"
-"""Namespaces are reserved for tenants; until then there is one."""
+"""The namespace of a key without a tenant: the namespace of a user is the tenant of the key that asks."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,32 @@ def _encoded(text: str) -> str:
     return quote(text, safe="", errors="surrogatepass")
 
 
+def rate_limit_key(key_id: str) -> str:
+    """When the bucket of an API key is full again; shared by all replicas."""
+    return f"{PREFIX}:rate:{_encoded(key_id)}"
+
+
 def import_marker(content_sha256: str, namespace: str = DEFAULT_NAMESPACE) -> str:
     """Set once a histories file of this content was imported whole."""
     return f"{PREFIX}:imported:{_encoded(namespace)}:{content_sha256}"
+
+
+@dataclass(frozen=True)
+class CatalogKeys:
+    """Every key of the live catalogue; one hash tag, which no user has: theirs hold a colon."""
+
+    items: str
+    """HASH: item → its latest change."""
+    meta: str
+    """HASH: `epoch`."""
+    changes: str
+    """STREAM of the latest changes, to be followed."""
+
+    def sids(self, bundle_id: str) -> str:
+        """HASH of one bundle: change → the SID that an item got there which was put for another bundle."""
+        return f"{self.items}:sids:{_encoded(bundle_id)}"
+
+
+def catalog_keys(namespace: str = DEFAULT_NAMESPACE) -> CatalogKeys:
+    """The keys of the live catalogue."""
+    return CatalogKeys(*(f"{PREFIX}:{{{_encoded(namespace)}}}:catalog-{one.name}" for one in fields(CatalogKeys)))

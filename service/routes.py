@@ -10,11 +10,15 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import PlainTextResponse
 from redis.exceptions import RedisError
 
+import service.paths  # noqa: F401 - registers `any_text`
 from semantic_ids.bundle import BundleError
+from service.access import StrictRoute, caller_of
 from service.deployments import Deployment
 from service.engine.base import EngineError
 from service.errors import BadRequestProblem, ConflictProblem, ProblemDocument, UnavailableProblem
-from service.histories import Event, HistoryUnavailableError
+from service.experiments.exposures import ExposuresUnavailableError
+from service.experiments.runtime import unit_of
+from service.histories import Event, EventType, HistoryUnavailableError
 from service.metrics import CONTENT_TYPE
 from service.recommender import Recommender, TextListener
 from service.schemas import (
@@ -35,6 +39,7 @@ from service.schemas import (
     UserRequest,
     VersionsResponse,
 )
+from service.security import Caller, require_admin
 from service.sse import EventStream, prefers_events
 from service.state import State
 
@@ -77,21 +82,24 @@ async def admitted(state: StateDep) -> AsyncIterator[None]:
         yield
 
 
-async def keyed(state: StateDep, x_api_key: Annotated[str | None, Header()] = None) -> None:
-    """A valid API key, where keys are configured."""
-    state.api_keys.check(x_api_key)
+async def keyed(request: Request, x_api_key: Annotated[str | None, Header()] = None) -> Caller:
+    """A valid API key, where keys are configured; the parameter is for the schema alone."""
+    return await caller_of(request)
 
 
-api = APIRouter(dependencies=[Depends(keyed)], responses=PROBLEMS)  # type: ignore[arg-type]
+CallerDep = Annotated[Caller, Depends(keyed)]
+
+api = APIRouter(route_class=StrictRoute, dependencies=[Depends(keyed)], responses=PROBLEMS)  # type: ignore[arg-type]
 operations = APIRouter(tags=["operations"])
 
 
-async def administers(state: StateDep, x_api_key: Annotated[str | None, Header()] = None) -> None:
+async def administers(caller: CallerDep) -> Caller:
     """An administrator's key, where keys are configured."""
-    state.api_keys.check_admin(x_api_key)
+    return require_admin(caller)
 
 
 admin = APIRouter(
+    route_class=StrictRoute,
     prefix="/admin",
     tags=["administration"],
     dependencies=[Depends(administers)],
@@ -109,23 +117,26 @@ DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
     responses=_STREAMED,
 )
 async def recommend(
-    body: RecommendRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
+    body: RecommendRequest, request: Request, state: StateDep, caller: CallerDep, deadline: DeadlineHeader = None
 ) -> RecommendResponse | EventStream:
     """The items a user will most likely choose next."""
-    return await _answer(request, state, partial(Recommender.recommend, request=_with_deadline(body, deadline)))
+    question = partial(Recommender.recommend, request=_with_deadline(body, deadline), tenant=caller.tenant)
+    return await _answer(request, state, question)
 
 
 @api.get("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
 async def recommend_by_query(
     request: Request,
     state: StateDep,
+    caller: CallerDep,
     user_id: Annotated[UserId | None, Query()] = None,
     num_items: Annotated[int, Query(ge=1, le=500)] = 10,
     deadline: DeadlineHeader = None,
 ) -> RecommendResponse:
     """The same with defaults."""
     body = _with_deadline(RecommendRequest(user_id=user_id, num_items=num_items), deadline)
-    return await _timed(request, _ask(state, partial(Recommender.recommend, request=body), None))
+    question = partial(Recommender.recommend, request=body, tenant=caller.tenant)
+    return await _timed(request, _ask(state, question, None))
 
 
 @api.post(
@@ -136,17 +147,18 @@ async def recommend_by_query(
     responses=_STREAMED,
 )
 async def rerank(
-    body: RerankRequest, request: Request, state: StateDep, deadline: DeadlineHeader = None
+    body: RerankRequest, request: Request, state: StateDep, caller: CallerDep, deadline: DeadlineHeader = None
 ) -> RerankResponse | EventStream:
     """Candidates in the order in which the user will most likely choose them."""
-    return await _answer(request, state, partial(Recommender.rerank, request=_with_deadline(body, deadline)))
+    question = partial(Recommender.rerank, request=_with_deadline(body, deadline), tenant=caller.tenant)
+    return await _answer(request, state, question)
 
 
 @api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
-async def record_events(body: EventsRequest, state: StateDep) -> EventsResponse:
+async def record_events(body: EventsRequest, state: StateDep, caller: CallerDep) -> EventsResponse:
     """Store what users did. Idempotent by `event_id`; what is accepted is on disk and visible to the next request."""
     _, unknown = state.bundle.catalog.ranks_of(event.item_id for event in body.events)
-    unknown_ids = set(unknown)
+    unknown_ids = state.live.deleted_since(state.bundle.catalog.epoch).union(unknown)
     rejected = [
         RejectedEvent(index=index, reason="unknown_item")
         for index, event in enumerate(body.events)
@@ -158,27 +170,40 @@ async def record_events(body: EventsRequest, state: StateDep) -> EventsResponse:
         for index, event in enumerate(body.events)
         if index not in skipped
     ]
-    stored = await _or_unavailable(state, state.histories.record(events))
+    stored = await _or_unavailable(state, state.histories.of(caller.tenant).record(events))
+    for event, is_new in zip(events, stored, strict=True):
+        if is_new:
+            unit = unit_of(caller.tenant, event.user_id)
+            state.experiments.outcome(event.recommendation_id, unit, event.event_type)
+    recommender = state.deployments.current.recommender
+    for event in events:
+        if event.event_type != EventType.IMPRESSION:
+            recommender.withdraw(caller.tenant, event.user_id, (event.item_id,))
     accepted = sum(stored)
     for outcome, count in (("accepted", accepted), ("duplicate", len(stored) - accepted), ("rejected", len(rejected))):
         state.metrics.events.labels(outcome).inc(count)
     return EventsResponse(accepted=accepted, duplicates=len(stored) - accepted, rejected=rejected)
 
 
-@api.get("/users/{user_id:path}/history", tags=["users"])
-async def user_history(user_id: UserId, state: StateDep) -> HistoryResponse:
+@api.get("/users/{user_id:any_text}/history", tags=["users"])
+async def user_history(user_id: UserId, state: StateDep, caller: CallerDep) -> HistoryResponse:
     """The stored history, oldest first; an unknown user's is empty."""
-    entries = await _or_unavailable(state, state.histories.history(user_id))
+    entries = await _or_unavailable(state, state.histories.of(caller.tenant).history(user_id))
     events = [
         StoredEvent(item_id=entry.item_id, timestamp=entry.timestamp, event_type=entry.event_type) for entry in entries
     ]
     return HistoryResponse(user_id=user_id, events=events)
 
 
-@api.delete("/users/{user_id:path}", tags=["users"], status_code=204)
-async def erase_user(user_id: UserId, state: StateDep) -> None:
+@api.delete("/users/{user_id:any_text}", tags=["users"], status_code=204)
+async def erase_user(user_id: UserId, state: StateDep, caller: CallerDep) -> None:
     """Erase every key of the user."""
-    await _or_unavailable(state, state.histories.erase(user_id))
+    await _or_unavailable(state, state.histories.of(caller.tenant).erase(user_id))
+    state.deployments.current.recommender.forget(caller.tenant, user_id)
+    try:
+        await state.experiments.erase(unit_of(caller.tenant, user_id))
+    except ExposuresUnavailableError as error:
+        raise UnavailableProblem(f"the user's experiments are not erased ({error}); send the request again") from error
 
 
 @api.get("/versions", tags=["operations"])
@@ -241,6 +266,8 @@ async def ready(state: StateDep) -> HealthResponse:
             await state.redis.ping()
     except (RedisError, OSError, TimeoutError) as error:
         missing.append(f"Redis does not answer ({type(error).__name__})")
+    if not state.live.is_loaded:
+        missing.append("the changes of the catalogue have not been read")
     if missing:
         raise UnavailableProblem("; ".join(missing), kind="not-ready")
     return HealthResponse(status="ready")

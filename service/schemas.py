@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from semantic_ids.filters import FilterSpec
-from service.histories import EventType
+from service.event_types import EventType
 
 UserId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 ItemId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -46,10 +46,10 @@ class HistoryEvent(Body):
 class ItemFilterBody(Body):
     """Restrictions on the answer; an absent or empty list means "no such restriction"."""
 
-    include_items: list[ItemId] = Field([], max_length=MAX_FILTER_NAMES)
-    exclude_items: list[ItemId] = Field([], max_length=MAX_FILTER_NAMES)
-    any_categories: list[Category] = Field([], max_length=MAX_FILTER_NAMES)
-    none_categories: list[Category] = Field([], max_length=MAX_FILTER_NAMES)
+    include_items: Annotated[list[ItemId], Field(fail_fast=True)] = Field([], max_length=MAX_FILTER_NAMES)
+    exclude_items: Annotated[list[ItemId], Field(fail_fast=True)] = Field([], max_length=MAX_FILTER_NAMES)
+    any_categories: Annotated[list[Category], Field(fail_fast=True)] = Field([], max_length=MAX_FILTER_NAMES)
+    none_categories: Annotated[list[Category], Field(fail_fast=True)] = Field([], max_length=MAX_FILTER_NAMES)
 
     def spec(self) -> FilterSpec:
         """The same by name, for the filter compiler."""
@@ -65,7 +65,7 @@ class UserRequest(Body):
     """What `/recommend` and `/rerank` share: whose taste it is, and how long the answer may take."""
 
     user_id: UserId | None = None
-    history: list[ItemId | HistoryEvent] | None = Field(
+    history: Annotated[list[ItemId | HistoryEvent], Field(fail_fast=True)] | None = Field(
         None,
         max_length=MAX_HISTORY,
         description="oldest first; replaces the stored history in the prompt for this call",
@@ -110,7 +110,7 @@ class RecommendRequest(UserRequest):
 class RerankRequest(UserRequest):
     """POST /rerank."""
 
-    candidates: list[ItemId] = Field(min_length=1, max_length=500)
+    candidates: list[ItemId] = Field(min_length=1, max_length=500, json_schema_extra={"uniqueItems": True})
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
@@ -135,6 +135,18 @@ class EventsRequest(Body):
     """POST /events."""
 
     events: list[EventBody] = Field(min_length=1, max_length=1_000)
+
+
+class ItemBody(Body):
+    """PUT /items/{item_id}."""
+
+    title: Annotated[str, StringConstraints(max_length=1_024)]
+    categories: list[Annotated[Category, Field(json_schema_extra={"pattern": r"^[^\u0000\u001f]*$"})]] = Field(
+        [], max_length=64
+    )
+    sid: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = Field(
+        None, description="without one: what the item has, and for a new one a free one from the bundle's codebooks"
+    )
 
 
 class ExperimentInfo(BaseModel):
@@ -240,6 +252,23 @@ class VersionsResponse(BaseModel):
     prompt: int
     num_items: int
     metrics: dict[str, float]
+
+
+class ItemResponse(BaseModel):
+    """An item, and the epoch of the catalogue that it was read from or put into."""
+
+    item_id: str
+    title: str
+    categories: list[str]
+    sid: str
+    catalog_epoch: int
+
+
+class ItemDeletedResponse(BaseModel):
+    """Answer of DELETE /items/{item_id}."""
+
+    item_id: str
+    catalog_epoch: int
 
 
 class BundleResponse(BaseModel):

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
+from service.http_protocol import BoundedHttp
+
 
 class Server(uvicorn.Server):
     """Serves an application on a socket that is already bound, and says when connections are accepted."""
@@ -21,6 +23,9 @@ class Server(uvicorn.Server):
                 app,
                 log_config=None,
                 access_log=False,
+                http=BoundedHttp,
+                ws="none",
+                server_header=False,
                 lifespan="on",
                 timeout_graceful_shutdown=20,
                 timeout_keep_alive=75,

@@ -8,8 +8,12 @@ from semantic_ids.bundle import Bundle
 from service.admission import Admission
 from service.deployments import Deployments
 from service.engine.base import Engine
+from service.experiments.runtime import Experiments
 from service.histories import Histories
+from service.items import Items
+from service.live_catalog import LiveCatalog
 from service.metrics import Metrics
+from service.rate_limits import RateLimits
 from service.security import ApiKeys
 
 
@@ -18,10 +22,14 @@ class State:
     """The parts of a running service."""
 
     deployments: Deployments
+    live: LiveCatalog
+    items: Items
     redis: Redis
     histories: Histories
+    experiments: Experiments
     admission: Admission
     api_keys: ApiKeys
+    rate_limits: RateLimits
     metrics: Metrics
 
     @property

@@ -3,13 +3,13 @@
 celery -A service.tasks worker --queues encode --concurrency 1 --pool solo
 """
 
-from functools import cache
 from typing import Any, TypedDict
 
 from celery import Celery
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.text_encoder import TextEncoder, TextEncoderIdentity, item_text
+from semantic_ids.text_encoder import item_text
+from service.encoding import encode_texts
 from service.settings import Settings
 
 ENCODE_QUEUE = "encode"
@@ -62,12 +62,7 @@ def assign_sids(items: list[NewItem]) -> dict[str, Any]:
             f"the catalogue already holds {known[0]!r} (and {len(known) - 1} more): only new items get SIDs here"
         )
     texts = [item_text(item["title"], item["categories"], item["attributes"]) for item in items]
-    vectors = _encoder(bundle.manifest.text_encoder.model_dump_json()).encode(texts)
+    vectors = encode_texts(bundle.manifest.text_encoder, texts)
     codes = bundle.quantizer.assign_new(vectors, bundle.catalog.trie)
     sids = {item["item_id"]: bundle.manifest.space.format(sid) for item, sid in zip(items, codes, strict=True)}
     return {"bundle": bundle.bundle_id, "sids": sids}
-
-
-@cache
-def _encoder(identity: str) -> TextEncoder:
-    return TextEncoder.of(TextEncoderIdentity.model_validate_json(identity))

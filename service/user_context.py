@@ -35,10 +35,11 @@ class UserContexts:
         self._renderer = renderer
         self._metrics = metrics
 
-    async def load(self, request: UserRequest, timeout_s: float) -> UserContext:
-        """The context of one request. Redis failing is an answer too: what is inline is used, and the flag is set.
+    async def load(self, request: UserRequest, tenant: str, timeout_s: float) -> UserContext:
+        """The context of one request about a user of the tenant's.
 
-        Redis is not waited for longer than `timeout_s`, what is left of the request's deadline.
+        Redis failing is an answer too: what is inline is used, and the flag is set. It is not waited for longer than
+        `timeout_s`, what is left of the request's deadline.
         """
         seen: frozenset[str] = frozenset()
         excluded: frozenset[str] = frozenset()
@@ -47,7 +48,7 @@ class UserContexts:
         if request.user_id is not None:
             try:
                 async with asyncio.timeout(timeout_s):
-                    state = await self._histories.load(request.user_id)
+                    state = await self._histories.of(tenant).load(request.user_id)
             except (HistoryUnavailableError, TimeoutError):
                 self._metrics.history_failures.inc()
                 unavailable = True

@@ -5,7 +5,7 @@ sequence of thinking (free text up to a close), forced tokens, and codes. So rea
 other programs, not other protocols. This module imports no torch.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -158,15 +158,26 @@ class Engine(Protocol):
         """
         ...
 
+    async def use_catalog(self, bundle: Bundle) -> None:
+        """Requests pinned to this epoch of the engine's bundle may come from now on; `EngineError` if they may not.
+
+        What it had before stays, each until it is retired; the epoch it was started with stays always.
+        """
+        ...
+
+    async def retire_catalog(self, catalog_id: str) -> None:
+        """No request is pinned to this epoch any more."""
+        ...
+
     async def stop(self) -> None:
         """Finish what is being decoded, refuse the rest, free everything."""
         ...
 
 
-def check_request(request: DecodeRequest, bundle: Bundle) -> None:
-    """Refuse alone what would fail a whole batch."""
-    if request.catalog_id != bundle.catalog_id:
-        raise EngineError(f"request for catalogue {request.catalog_id!r}, the engine has {bundle.catalog_id!r}")
+def check_request(request: DecodeRequest, catalog_ids: Collection[str]) -> None:
+    """Refuse alone what would fail a whole batch; `catalog_ids` are those that the engine has."""
+    if request.catalog_id not in catalog_ids:
+        raise EngineError(f"request for catalogue {request.catalog_id!r}, the engine has {', '.join(catalog_ids)}")
     if request.item_filter.num_eligible == 0:
         raise EngineError("a filter that leaves no item reached the engine")
     if not len(request.prompt) or request.width < 1:

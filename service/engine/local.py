@@ -17,6 +17,7 @@ import torch
 from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.beam import BeamWork, constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder, TreeState
+from semantic_ids.trie import SidTrie
 from service.engine.base import (
     DecodeRequest,
     DecodeResult,
@@ -56,6 +57,7 @@ class _Job:
     """One request on its way to the worker thread, and back with the tokens of its thought."""
 
     request: DecodeRequest
+    trie: SidTrie
     plan: Plan
     loop: asyncio.AbstractEventLoop
     on_thought: ThoughtListener | None
@@ -63,8 +65,8 @@ class _Job:
 
     @property
     def group(self) -> Hashable:
-        """Jobs of one program are a batch; a job that thinks is one by itself."""
-        return self.request.program if self.plan.think is None else self
+        """Jobs of one program and catalogue are a batch; a job that thinks is one by itself."""
+        return (self.request.catalog_id, self.request.program) if self.plan.think is None else self
 
     def tell(self, token_id: int) -> None:
         """Let the listener hear a token of the thought; called in the worker thread."""
@@ -95,6 +97,7 @@ class LocalEngine:
         self._bundle = bundle
         self._config = config
         self._metrics = metrics
+        self._tries = {bundle.catalog_id: bundle.catalog.trie}
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._decoder: TreeDecoder | None = None
         self._batcher: Batcher[_Job, DecodeResult] = Batcher(
@@ -127,16 +130,25 @@ class LocalEngine:
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Queue one request and wait for its batch."""
-        check_request(request, self._bundle)
+        check_request(request, self._tries.keys())
         steps = plan(request.program, self._bundle.catalog.space.num_levels)
         if steps.think is not None and self._decoder is not None and self._decoder.max_positions is not None:
             steps = replace(steps, think=_within(self._decoder.max_positions, request, steps, steps.think))
-        job = _Job(request, steps, asyncio.get_running_loop(), on_thought)
+        job = _Job(request, self._tries[request.catalog_id], steps, asyncio.get_running_loop(), on_thought)
         try:
             batched = await self._batcher.submit(job)
         finally:
             job.given_up.set()  # by now, answered or not, nobody listens
         return replace(batched.answer, queue_s=batched.queue_s)
+
+    async def use_catalog(self, bundle: Bundle) -> None:
+        """Take requests of this epoch too."""
+        self._tries[bundle.catalog_id] = bundle.catalog.trie
+
+    async def retire_catalog(self, catalog_id: str) -> None:
+        """Forget an epoch; jobs that are under way hold what they need."""
+        if catalog_id != self._bundle.catalog_id:
+            self._tries.pop(catalog_id, None)
 
     async def stop(self) -> None:
         """Let the running batch finish; whatever still waits gets `EngineUnavailableError`."""
@@ -176,7 +188,7 @@ class LocalEngine:
             self._metrics.count_thought(len(thought.token_ids), thought.end)
         answers = constrained_beam(
             self._decoder,
-            self._bundle.catalog.trie,
+            jobs[0].trie,
             state,
             [job.request.item_filter for job in jobs],
             [job.request.width for job in jobs],

@@ -12,12 +12,15 @@ back-off; meanwhile the others answer, or the fallback.
 import asyncio
 import ctypes
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -96,6 +99,7 @@ class VllmEngine:
     def __init__(self, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics) -> None:
         self._bundle = bundle
         self._swapping = asyncio.Lock()
+        self._epochs_folder: tempfile.TemporaryDirectory[str] | None = None
         self._replicas = [_Replica(bundle, config, metrics) for _ in range(config.replicas)]
 
     @property
@@ -141,14 +145,37 @@ class VllmEngine:
                 raise
             self._bundle = bundle
 
+    async def use_catalog(self, bundle: Bundle) -> None:
+        """Every replica maps the epoch's trie from a folder on this machine; one that is down does when it is back."""
+        if self._epochs_folder is None:  # of this engine alone: another life's epochs may have had the same numbers
+            self._epochs_folder = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="sidrec-epochs-")
+        folder = Path(self._epochs_folder.name) / bundle.catalog_id
+        try:
+            await asyncio.to_thread(bundle.catalog.save_trie, folder)
+        except OSError as error:
+            raise EngineError(f"the epoch's trie cannot be written to {folder} ({error}): set TMPDIR") from error
+        sent = (one.use_catalog(bundle.catalog_id, folder) for one in self._replicas)
+        failures = [one for one in await asyncio.gather(*sent, return_exceptions=True) if one is not None]
+        if failures:  # all of them or none
+            await self.retire_catalog(bundle.catalog_id)
+            raise failures[0]
+
+    async def retire_catalog(self, catalog_id: str) -> None:
+        """Every replica forgets the epoch."""
+        await asyncio.gather(*(one.retire_catalog(catalog_id) for one in self._replicas))
+        if self._epochs_folder is not None:
+            await asyncio.to_thread(shutil.rmtree, Path(self._epochs_folder.name) / catalog_id, ignore_errors=True)
+
     async def stop(self) -> None:
         """Answer what is being decoded, refuse the rest, end the processes."""
         await asyncio.gather(*(one.stop() for one in self._replicas))
+        if self._epochs_folder is not None:
+            await asyncio.to_thread(self._epochs_folder.cleanup)
 
     def _replica_for(self, request: DecodeRequest) -> "_Replica":
         """The one that the prompt's head belongs to, unless it is down, swapped or clearly busier than another."""
         alive = [one for one in self._replicas if one.problem is None]
-        able = [one for one in alive if one.catalog_id == request.catalog_id]
+        able = [one for one in alive if request.catalog_id in one.catalog_ids]
         able = [one for one in able if one.is_open] or able or alive or self._replicas
         by_head = max(able, key=lambda one: affinity(request.prompt, one.number))
         idlest = min(able, key=lambda one: one.load)
@@ -190,6 +217,7 @@ class _Beam:
     """A captured prompt waiting for its search."""
 
     request: BeamRequest
+    catalog_id: str
     forced: tuple[tuple[int, ...], ...]
     bitmap: RankBitmap | None
 
@@ -211,6 +239,7 @@ class _Replica:
         self._metrics = metrics
         self._llm: AsyncLLM | None = None
         self.catalog_id = ""
+        self._epochs: dict[str, Path] = {}
         self._max_model_len = 0
         self._dead = asyncio.Event()
         self._places = asyncio.Semaphore(config.max_in_engine)
@@ -225,7 +254,7 @@ class _Replica:
             "vLLM engine",
             self._run_beams,
             max_batch=config.max_batch,
-            group=lambda beam: beam.forced,
+            group=lambda beam: (beam.catalog_id, beam.forced),
             on_batch=metrics.engine_batch_size.observe,
         )
         self._state: str | None = "the vLLM engine is starting"
@@ -275,6 +304,7 @@ class _Replica:
                 llm = self._running()
                 await self._unless_dead(llm.pause_generation(mode="wait", clear_cache=True))
                 self.catalog_id = (await self._rpc("sid_swap", str(bundle.path)))[0]
+                self._epochs.clear()
                 await self._unless_dead(_forget_prefixes(llm))
                 await self._unless_dead(llm.resume_generation())
                 self._bundle = bundle
@@ -288,7 +318,30 @@ class _Replica:
     def restart(self, bundle: Bundle) -> None:
         """Serve a bundle from a new process."""
         self._bundle = bundle
+        self._epochs.clear()
         self._dead.set()
+
+    @property
+    def catalog_ids(self) -> Collection[str]:
+        """The bundle's own catalogue and its live epochs."""
+        return (self.catalog_id, *self._epochs)
+
+    async def use_catalog(self, catalog_id: str, folder: Path) -> None:
+        """Map a live epoch, now or, where the process is down, in the next one."""
+        self._epochs[catalog_id] = folder
+        if self.problem is None:
+            try:
+                await self._rpc("sid_epoch", self.catalog_id, catalog_id, str(folder))
+            except EngineError:
+                if self.problem is None:  # it lives, and does not take the epoch
+                    self._epochs.pop(catalog_id, None)
+                    raise
+
+    async def retire_catalog(self, catalog_id: str) -> None:
+        """Forget a live epoch."""
+        if self._epochs.pop(catalog_id, None) is not None and self.problem is None:
+            with suppress(EngineError):
+                await self._rpc("sid_retire", catalog_id)
 
     @property
     def is_open(self) -> bool:
@@ -316,7 +369,7 @@ class _Replica:
             raise EngineUnavailableError(problem)
 
     async def _decode(self, request: DecodeRequest, on_thought: ThoughtListener | None, queue_s: float) -> DecodeResult:
-        check_request(request, self._bundle)
+        check_request(request, (self._bundle.catalog_id, *self._epochs))
         steps = plan(request.program, self._bundle.catalog.space.num_levels)
         prompt: list[int] = request.prompt.tolist()
         rest = len(steps.forced) + sum(map(len, steps.forced))
@@ -335,7 +388,9 @@ class _Replica:
             wire = BeamRequest(key, request.width, WireFilter.of(request.item_filter), request.exploration)
             await self._prefill(prompt, key, room_for(steps.forced, wire.num_beams))
             self._metrics.engine_prefill_seconds.observe(time.monotonic() - thought_at)
-            found = await self._batcher.submit(_Beam(wire, steps.forced, request.item_filter.bitmap))
+            found = await self._batcher.submit(
+                _Beam(wire, request.catalog_id, steps.forced, request.item_filter.bitmap)
+            )
         except asyncio.CancelledError:
             self._in_background(self._drop(key))
             raise
@@ -420,7 +475,7 @@ class _Replica:
         if unknown:
             for bitmap in {b.digest: b for b in (beams[place].bitmap for place in unknown) if b is not None}.values():
                 with suppress(EngineError):  # then the answer stays that the bitmap is not known
-                    await self._rpc("sid_bitmap", self.catalog_id, bitmap.digest, pack_bitmap(bitmap))
+                    await self._rpc("sid_bitmap", beams[0].catalog_id, bitmap.digest, pack_bitmap(bitmap))
             for place, answer in zip(unknown, await self._ask([beams[place] for place in unknown]), strict=True):
                 answers[place] = answer
         for answer in answers:
@@ -430,7 +485,7 @@ class _Replica:
 
     async def _ask(self, beams: Sequence[_Beam]) -> list[dict[str, Any]]:
         requests = [beam.request.as_wire() for beam in beams]
-        report = (await self._rpc("sid_beam", self.catalog_id, [list(f) for f in beams[0].forced], requests))[0]
+        report = (await self._rpc("sid_beam", beams[0].catalog_id, [list(f) for f in beams[0].forced], requests))[0]
         self._metrics.count_beam_work(report["steps"], report["beams"], report["closed_beams"], report["masked_share"])
         self._metrics.engine_beam_seconds.observe(report["seconds"])
         self._metrics.engine_captures.set(report["num_captures"])
@@ -482,9 +537,22 @@ class _Replica:
         self.catalog_id = (await self._rpc("sid_load", str(self._bundle.path)))[0]
         await self._check()
         await canary(self._decode_now, self._bundle)
+        await self._send_epochs()
         self._open.set()
         self._state = None
         log.info("vllm_replica_ready", replica=self.number, seconds=round(time.monotonic() - started_at, 1))
+
+    async def _send_epochs(self) -> None:
+        """Give a new process every live epoch, those too that come meanwhile."""
+        sent: set[str] = set()
+        while missing := self._epochs.keys() - sent:
+            for catalog_id in missing:
+                sent.add(catalog_id)
+                try:
+                    await self._rpc("sid_epoch", self.catalog_id, catalog_id, str(self._epochs.get(catalog_id, "")))
+                except EngineError:
+                    if catalog_id in self._epochs:  # or else it was retired, and its folder is gone
+                        raise
 
     async def _check(self) -> None:
         """Continue a prompt as a tree and in one piece: the same, or this model must not be served this way.
@@ -574,13 +642,15 @@ class _Replica:
         if llm is not None:
             if llm.output_handler is not None:  # or it logs the end that is wanted as a failure
                 llm.output_handler.cancel()
-            await asyncio.to_thread(llm.shutdown)
+            ending = self._in_background(asyncio.to_thread(llm.shutdown))
+            await asyncio.shield(ending)  # whoever stops waiting for it, it goes on: no process is left behind
             llm.shutdown = _nothing_more  # its finaliser calls it again, at exit without the modules that it needs
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
 
 async def _made_in_thread(bundle: Bundle, config: VllmEngineConfig) -> "AsyncLLM":

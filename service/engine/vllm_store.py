@@ -1,7 +1,7 @@
 """Catalogues by id and bitmaps by name, inside vLLM's engine process: what its worker and its processors read.
 
-vLLM makes both by name in a process of its own, so they meet in this module's `STORE`. A catalogue is the
-memory-mapped one of a bundle on disk: nothing large crosses between the processes.
+vLLM makes both by name in a process of its own, so they meet in this module's `STORE`. A catalogue is memory-mapped
+from disk, a bundle's own or the trie of a live epoch: nothing large crosses between the processes.
 """
 
 from collections import OrderedDict
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.catalog import Catalog
+from semantic_ids.catalog import load_trie
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.filters import ItemFilter, RankBitmap
+from semantic_ids.trie import SidTrie
 from service.engine.vllm_wire import SidRequestError, WireFilter, unpack_bitmap, unpack_ranks
 
 MAX_BITMAPS = 256
@@ -20,11 +21,21 @@ MAX_ERRORS = 4096
 
 
 @dataclass(frozen=True)
+class DecodingCatalog:
+    """What decoding reads of a catalogue."""
+
+    trie: SidTrie
+
+    def __len__(self) -> int:
+        return self.trie.num_items
+
+
+@dataclass(frozen=True)
 class CatalogSnapshot:
     """One catalogue epoch of one bundle."""
 
     catalog_id: str
-    catalog: Catalog
+    catalog: DecodingCatalog
     vocabulary: SidVocabulary
 
 
@@ -40,8 +51,20 @@ class SidStore:
         """Map a bundle's catalogue; its id, also when it was there already."""
         bundle = Bundle.load(bundle_path)
         catalog_id = bundle.catalog_id
-        self._catalogs.setdefault(catalog_id, CatalogSnapshot(catalog_id, bundle.catalog, bundle.vocabulary))
+        catalog = DecodingCatalog(bundle.catalog.trie)
+        self._catalogs.setdefault(catalog_id, CatalogSnapshot(catalog_id, catalog, bundle.vocabulary))
         return catalog_id
+
+    def load_epoch(self, base_id: str, catalog_id: str, folder: Path) -> None:
+        """Map the trie of an epoch of the catalogue `base_id`, as `Catalog.save_trie` wrote it."""
+        vocabulary = self.snapshot(base_id).vocabulary
+        self._catalogs[catalog_id] = CatalogSnapshot(catalog_id, DecodingCatalog(load_trie(folder)), vocabulary)
+
+    def forget(self, catalog_id: str) -> None:
+        """Forget a catalogue, if it is there, and its bitmaps."""
+        self._catalogs.pop(catalog_id, None)
+        for key in [key for key in self._bitmaps if key[0] == catalog_id]:
+            del self._bitmaps[key]
 
     def keep_only(self, catalog_id: str) -> None:
         """Forget every other catalogue and its bitmaps."""

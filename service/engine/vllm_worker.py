@@ -86,6 +86,14 @@ class SidWorkerMixin:
         self.reload_weights(weights_path=str(Path(bundle_path) / "model"))  # type: ignore[attr-defined]
         return self.sid_load(bundle_path)
 
+    def sid_epoch(self, base_id: str, catalog_id: str, folder: str) -> None:
+        """Map the trie of a live epoch of the catalogue `base_id` for the requests that are pinned to it."""
+        STORE.load_epoch(base_id, catalog_id, Path(folder))
+
+    def sid_retire(self, catalog_id: str) -> None:
+        """Forget an epoch that no request is pinned to any more."""
+        STORE.forget(catalog_id)
+
     def sid_bitmap(self, catalog_id: str, digest: str, packed: bytes) -> None:
         """Keep a category bitmap for the requests that will name it."""
         STORE.put_bitmap(catalog_id, digest, packed)

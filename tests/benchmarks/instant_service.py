@@ -42,6 +42,12 @@ class InstantEngine:
         ranks = np.fromiter(itertools.islice(eligible, request.width), np.int64)
         return DecodeResult(ranks, self._scores[: len(ranks)])
 
+    async def use_catalog(self, bundle: Bundle) -> None:
+        """Nothing here changes the catalogue."""
+
+    async def retire_catalog(self, catalog_id: str) -> None:
+        """Nothing here changes the catalogue."""
+
     async def stop(self) -> None:
         """Nothing to free."""
 

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 
-from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace, SidVocabulary
 from semantic_ids.trie import SidTrie
 from service.engine.vllm_processors import SidArgs, SidCore, SidRowState
-from service.engine.vllm_store import CatalogSnapshot, SidStore
+from service.engine.vllm_store import CatalogSnapshot, DecodingCatalog, SidStore
 from service.engine.vllm_wire import WireFilter, pack_ranks
 from tests.benchmarks.report import report
 
@@ -52,7 +51,7 @@ def measure() -> dict[str, float]:
     """Medians in ms: one step of 64 rows, a quarter at each level, and one new request. All deny 1,000 items."""
     rng = np.random.default_rng(0)
     catalog = _Catalog(rng)
-    store = _Store(CatalogSnapshot(CATALOG_ID, cast(Catalog, catalog), VOCABULARY))
+    store = _Store(CatalogSnapshot(CATALOG_ID, cast(DecodingCatalog, catalog), VOCABULARY))
     model = SimpleNamespace(get_vocab_size=lambda: VOCABULARY.vocab_size)
     config = SimpleNamespace(model_config=model, additional_config={})
     core = SidCore(cast(VllmConfig, config), store)

@@ -16,8 +16,7 @@ class InstantEngine:
 
     name = "instant"
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._all_ranks = np.arange(len(bundle.catalog))
+    def __init__(self, _bundle: Bundle) -> None:
         self.problem: str | None = "starting"
         self.num_waiting = 0
         self.num_decoded = 0
@@ -29,8 +28,15 @@ class InstantEngine:
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """At most `width` eligible items."""
         self.num_decoded += 1
-        ranks = self._all_ranks[request.item_filter.contains(self._all_ranks)][: request.width]
+        everything = np.arange(request.item_filter.num_items)
+        ranks = everything[request.item_filter.contains(everything)][: request.width]
         return DecodeResult(ranks, -0.01 * np.arange(1, len(ranks) + 1, dtype=np.float32))
+
+    async def use_catalog(self, bundle: Bundle) -> None:
+        """A request's filter says all that it needs."""
+
+    async def retire_catalog(self, catalog_id: str) -> None:
+        """There is nothing to forget."""
 
     async def stop(self) -> None:
         """There is nothing to free."""

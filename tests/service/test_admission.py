@@ -1,10 +1,13 @@
 """Who gets in, and what the others are told."""
 
 import asyncio
+import time
+from contextlib import ExitStack
 
 import pytest
 
-from service.admission import Admission
+from service.admission import Admission, EngineLine, Place
+from service.engine.base import DecodeRequest, DecodeResult, ThoughtListener
 from service.errors import UnavailableProblem
 from service.metrics import Metrics
 from service.settings import Settings
@@ -78,3 +81,176 @@ async def test_failed_and_cancelled_requests_give_their_slots_back(settings: Set
             await asyncio.gather(waiting, return_exceptions=True)
         assert (await service.recommend())["reason"] == "cold_start"
         assert service.state.metrics.registry.get_sample_value("sidrec_http_in_flight") == 0
+
+
+def test_the_limit_falls_while_the_event_loop_lags_and_comes_back():
+    admission = Admission(256, Metrics())
+    for _ in range(20):
+        admission.adapt(0.1)
+    with ExitStack() as held:
+        for _ in range(64):
+            held.enter_context(admission.slot())
+        with pytest.raises(UnavailableProblem):
+            admission.check()
+        admission.adapt(0.0)
+        admission.check()
+    for _ in range(200):
+        admission.adapt(0.0)
+    with ExitStack() as held:
+        for _ in range(256):
+            held.enter_context(admission.slot())
+        with pytest.raises(UnavailableProblem, match="256 requests"):
+            admission.check()
+
+
+class Clock:
+    """Time that stands until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class BatchedEngine:
+    """Ten requests in 100 ms, whoever waits together; a line of its own, and a clock."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.line = EngineLine(self.metrics, self.clock)
+        self.waiting: list[tuple[ExitStack, Place, float]] = []
+        self.took: list[tuple[float, float]] = []  # what it took, and what it could have
+
+    def arrive(self, deadline_s: float = 1.0) -> bool:
+        """Whether a request is let in."""
+        stack = ExitStack()
+        try:
+            place = stack.enter_context(self.line.place(deadline_s))
+        except UnavailableProblem as problem:
+            assert int(problem.headers["Retry-After"]) >= 1
+            return False
+        self.waiting.append((stack, place, deadline_s))
+        return True
+
+    def run_batch(self) -> None:
+        """Answer the ten that came first."""
+        batch, self.waiting = self.waiting[:10], self.waiting[10:]
+        self.clock.now += 0.1
+        for stack, place, deadline_s in batch:
+            self.took.append((self.clock.now - place.since, deadline_s))
+            place.answered()
+            stack.close()
+
+    def load(self, per_batch: int, batches: int) -> int:
+        """How many are shed of so many arrivals for each batch."""
+        shed = 0
+        for _ in range(batches):
+            shed += sum(not self.arrive() for _ in range(per_batch))
+            self.run_batch()
+        return shed
+
+
+def test_below_capacity_nobody_is_shed():
+    engine = BatchedEngine()
+    assert engine.load(per_batch=8, batches=200) == 0
+
+
+def test_over_capacity_the_excess_is_shed_and_whoever_is_let_in_is_in_time():
+    engine = BatchedEngine()
+    shed = engine.load(per_batch=20, batches=200)
+    assert 0.4 < shed / 4000 < 0.55
+    assert all(took <= deadline_s for took, deadline_s in engine.took)
+    assert engine.metrics.registry.get_sample_value("sidrec_shed_total", {"reason": "predicted_wait"}) == shed
+    standing = sorted(took for took, _ in engine.took[len(engine.took) // 2 :])
+    assert standing[len(standing) // 2] < 0.65, "a standing queue is kept to half of the deadline"
+
+
+def test_it_recovers_as_soon_as_the_line_is_short():
+    engine = BatchedEngine()
+    engine.load(per_batch=40, batches=100)
+    while engine.waiting:
+        engine.run_batch()
+    assert engine.load(per_batch=8, batches=50) == 0
+
+
+def test_a_burst_is_absorbed():
+    engine = BatchedEngine()
+    engine.load(per_batch=5, batches=50)
+    assert sum(engine.arrive() for _ in range(40)) == 40
+    while engine.waiting:
+        engine.run_batch()
+    assert all(took <= deadline_s for took, deadline_s in engine.took)
+
+
+def test_who_allows_more_time_may_wait_longer():
+    engine = BatchedEngine()
+    engine.load(per_batch=30, batches=100)
+    while engine.arrive(1.0):
+        pass
+    assert engine.arrive(10.0)
+    assert not engine.arrive(0.2)
+
+
+def test_who_finds_the_line_empty_is_let_in_whatever_was_learnt():
+    engine = BatchedEngine()
+    with engine.line.place(60.0) as place:
+        engine.clock.now += 50.0
+        place.answered()
+    assert engine.arrive(0.01)
+
+
+def test_a_thought_of_ones_own_is_no_wait():
+    engine = BatchedEngine()
+    with engine.line.place(60.0) as place:
+        engine.clock.now += 5.1
+        place.answered(thought_s=5.0)
+    assert engine.line.predicted_s() == pytest.approx(0.1)
+
+
+def test_places_are_given_back_once():
+    engine = BatchedEngine()
+    with engine.line.place(1.0) as place:
+        place.answered()
+        assert engine.line.num_ahead == 0
+    with pytest.raises(RuntimeError), engine.line.place(1.0):
+        raise RuntimeError
+    with engine.line.place(1.0) as place:
+        place.was_late()
+    assert engine.line.num_ahead == 0
+
+
+async def test_requests_that_would_be_late_are_shed_at_once_and_the_others_are_in_time(settings: Settings):
+    """One request at a time, 50 ms each: of 60 at once about ten can be answered within half a second."""
+
+    class OneAtATime(SlowEngine):
+        turn = asyncio.Semaphore(1)
+
+        async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
+            async with self.turn:
+                return await super().decode(request, on_thought)
+
+    body = {**BODY, "deadline_ms": 500}
+    async with running(settings, lambda bundle, _settings, _metrics: OneAtATime(bundle, 0.05)) as service:
+        for _ in range(5):
+            assert (await service.post("/recommend", body)).status_code == 200
+        await asyncio.gather(*(service.post("/recommend", BODY) for _ in range(12)))
+
+        async def timed() -> tuple[int, float, dict[str, object]]:
+            start = time.perf_counter()
+            response = await service.post("/recommend", body)
+            if response.status_code == 503:
+                assert_problem(response, 503, "overloaded")
+                assert int(response.headers["retry-after"]) >= 1
+            return response.status_code, time.perf_counter() - start, response.json()
+
+        outcomes = await asyncio.gather(*(timed() for _ in range(60)))
+        answered = [answer for status, _, answer in outcomes if status == 200]
+        assert 3 <= sum(answer["reason"] is None for answer in answered) <= 10
+        assert len(answered) < 30
+        assert max(seconds for _, seconds, _ in outcomes) < 0.8
+        assert service.state.metrics.registry.get_sample_value("sidrec_breaker_state", {"dependency": "engine"}) == 0
+        for path in ("/health/live", "/health/ready", "/metrics"):
+            assert (await service.http.get(path)).status_code == 200
+        assert (await service.recommend(history=BODY["history"]))["reason"] is None

@@ -156,7 +156,7 @@ def test_run_with_keys_serves_until_ctrl_c_and_leaves_nothing_behind(env: dict[s
             assert client.get("/versions").json()["bundle"] == bundle.bundle_id
             answer = client.post("/recommend", json={"history": [ITEM_IDS[0]], "deadline_ms": 60_000})
             assert answer.json()["source"] == "model"
-            assert client.post("/recommend", content=b"{").status_code == 422
+            assert client.post("/recommend", content=b"{").status_code == 415
         assert has_redis(env["SIDREC_DATA_DIR"])
         assert process.end(signal.SIGINT) == 0
         assert not has_redis(env["SIDREC_DATA_DIR"])
@@ -234,6 +234,23 @@ async def test_importing_twice_leaves_one_copy(env: dict[str, str], tmp_path: Pa
     assert [entry.item_id for entry in stored.entries] == [ITEM_IDS[0], ITEM_IDS[0], ITEM_IDS[1]]
     assert stored.total == 3
     assert [entry.item_id for entry in (await Histories(client).load("user-4")).entries] == [ITEM_IDS[4]]
+    await client.aclose()
+    await server.stop()
+
+
+async def test_an_import_is_one_tenants(env: dict[str, str], tmp_path: Path):
+    histories = write_histories(tmp_path / "histories.jsonl")
+    assert_refused(serve(env, "import-histories", histories, "--tenant", "My Shop"), "'My Shop'", "a-z, 0-9 and -")
+    for tenant in ("shop", "news"):
+        done = serve(env, "import-histories", histories, "--tenant", tenant)
+        assert done.returncode == 0, done.stderr
+        assert "nothing to do" not in done.stderr
+
+    server = EmbeddedRedis(Path(env["SIDREC_DATA_DIR"]))
+    client = connect(await server.start(), timeout_s=5, max_connections=1)
+    stored = Histories(client)
+    totals = [(await stored.of(tenant).load("it's me")).total for tenant in ("shop", "news", "default")]
+    assert totals == [3, 3, 0]
     await client.aclose()
     await server.stop()
 

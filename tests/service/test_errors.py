@@ -72,7 +72,7 @@ async def test_a_bad_history_is_refused(instant_service: Service, history: Any):
         (b'{"diversity": NaN}', 422, "invalid-request"),
         (b'{"user_id": "\xff"}', 400, "bad-request"),
         (b"[" * 100_000, 400, "bad-request"),
-        (b'{"num_items": ' + b"1" * 5_000 + b"}", 400, "bad-request"),
+        (b'{"num_items": ' + b"1" * 5_000 + b"}", 422, "invalid-request"),
     ],
 )
 async def test_what_is_not_json_is_refused(instant_service: Service, content: bytes, status: int, kind: str):
@@ -161,5 +161,5 @@ async def test_the_schema_names_every_field_and_the_problem_documents(instant_se
     assert schema["components"]["schemas"]["RecommendRequest"]["additionalProperties"] is False
     for path in ("/recommend", "/rerank", "/events"):
         responses = schema["paths"][path]["post"]["responses"]
-        assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/ProblemDocument")
+        assert responses["422"]["content"]["application/problem+json"]["schema"]["$ref"].endswith("/ProblemDocument")
     assert "/users/{user_id}/history" in schema["paths"]

@@ -1,16 +1,21 @@
 """API keys: asked for where they are configured, and never told to anyone."""
 
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 import structlog
+from fastapi.routing import APIRoute
 
-from service.errors import UnauthorizedProblem
-from service.security import ApiKeys, hash_key
+from service.access import StrictRoute
+from service.errors import ForbiddenProblem, UnauthorizedProblem
+from service.logs import redacted
+from service.security import ApiKeys, Caller, hash_key
 from service.settings import Settings
 from tests.service.engines import failing, instant
 from tests.service.running import Service, assert_problem, event, running
@@ -137,3 +142,128 @@ def test_without_configured_keys_any_caller_is_accepted():
 def test_the_empty_key_is_not_the_absent_one():
     with pytest.raises(UnauthorizedProblem):
         ApiKeys((hash_key(""),)).check(None)
+
+
+def test_the_accepted_keys_have_a_tenant_a_right_and_an_id():
+    keys = ApiKeys((hash_key(KEY), f"{hash_key(OTHER_KEY)}:shop"), (f"{hash_key('admin')}:shop",))
+    assert keys.check(KEY) == Caller("default", is_admin=False, key_id=hash_key(KEY)[:12])
+    assert keys.check(OTHER_KEY) == Caller("shop", is_admin=False, key_id=hash_key(OTHER_KEY)[:12])
+    assert (
+        keys.check("admin") == keys.check_admin("admin") == Caller("shop", is_admin=True, key_id=hash_key("admin")[:12])
+    )
+    with pytest.raises(ForbiddenProblem):
+        keys.check_admin(OTHER_KEY)
+    for other in (None, "", "shop", f"{KEY}:shop", hash_key(KEY)):
+        with pytest.raises(UnauthorizedProblem):
+            keys.check(other)
+
+
+def test_a_key_listed_twice_is_an_administrators():
+    assert ApiKeys((hash_key(KEY),), (hash_key(KEY),)).check(KEY).is_admin
+
+
+@on_the_modules_loop
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/versions", 200),
+        ("POST", "/recommend", 401),
+        ("GET", "/health/live", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/nope", 404),
+        ("DELETE", "/recommend", 405),
+        ("GET", "/openapi.json", 200),
+    ],
+)
+async def test_a_browser_is_told_to_do_nothing_with_an_answer(
+    keyed_service: Service, method: str, path: str, status: int
+):
+    headers = {"x-api-key": KEY} if status == 200 else {}
+    response = await keyed_service.http.request(method, path, headers=headers)
+    assert response.status_code == status
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["cache-control"] == "no-store"
+    assert "server" not in response.headers
+
+
+@on_the_modules_loop
+async def test_the_policy_of_the_docs_allows_what_their_page_loads(keyed_service: Service):
+    response = await keyed_service.http.get("/docs")
+    rules = (rule.split() for rule in response.headers["content-security-policy"].split(";"))
+    policy = {name: sources for name, *sources in rules}
+    assert policy["default-src"] == policy["frame-ancestors"] == ["'none'"]
+    for pattern, directive in (
+        (r'<script src="(https://[^/"]+)', "script-src"),
+        (r'<link[^>]+stylesheet"[^>]+href="(https://[^/"]+)', "style-src"),
+        (r'<link rel="shortcut icon" href="(https://[^/"]+)', "img-src"),
+    ):
+        (loaded,) = re.findall(pattern, response.text)
+        assert loaded in policy[directive]
+
+
+@on_the_modules_loop
+async def test_a_key_in_the_wrong_place_opens_nothing_and_is_not_repeated(keyed_service: Service):
+    http = keyed_service.http
+    with structlog.testing.capture_logs() as logs:
+        responses = [
+            await http.get("/versions", params={"x-api-key": KEY}),
+            await http.get("/versions", headers={"authorization": f"Bearer {KEY}"}),
+            await http.get("/versions", headers={"cookie": f"x-api-key={KEY}"}),
+            await http.post("/recommend", json={"x-api-key": KEY}),
+            await http.post("/recommend", json={"x-api-key": KEY}, headers={"x-api-key": KEY}),
+            await http.post("/recommend", json={"num_items": KEY}, headers={"x-api-key": KEY}),
+            await http.post("/recommend", json={"reasoning": KEY}, headers={"x-api-key": KEY}),
+            await http.get(f"/recommend?num_items={KEY}", headers={"x-api-key": KEY}),
+            await http.get("/versions", headers={"x-api-key": KEY, "x-deadline-ms": KEY}),
+            await http.get("/nope", params={"key": KEY}, headers={"x-api-key": KEY}),
+            await http.post("/admin/rollback", headers={"x-api-key": KEY}),
+        ]
+        metrics = await http.get("/metrics")
+    statuses = [response.status_code for response in responses]
+    assert statuses == [401, 401, 401, 401, 422, 422, 422, 422, 200, 404, 403]
+    written = "".join(f"{response.text}{response.headers}" for response in responses) + f"{logs}{metrics.text}"
+    assert KEY not in written
+    assert hash_key(KEY) not in written
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"x-api-key": KEY},
+        {"X_API_KEY": KEY},
+        {"headers": {"Authorization": f"Bearer {KEY}", "host": "s"}},
+        {"headers": [(b"host", b"s"), (b"x-api-key", KEY.encode())]},
+        {"request": {"headers": [["authorization", KEY]]}},
+        {"detail": f"sent x-api-key: {KEY} to the service"},
+        {"detail": f"headers={{'x-api-key': '{KEY}', 'host': 's'}}"},
+        {"detail": f"[(b'authorization', b'Bearer {KEY}')]"},
+        {"exception": f"Traceback\n  Authorization: Bearer {KEY}\n"},
+    ],
+)
+def test_a_logged_key_is_redacted(event: dict[str, Any]):
+    done = redacted(None, "info", {"event": "request", **event})
+    assert KEY not in str(done)
+    assert "[redacted]" in str(done)
+    assert done["event"] == "request"
+
+
+def test_nothing_else_is_redacted():
+    event = {
+        "event": "ready",
+        "items": 3,
+        "pair": ("host", "s"),
+        "none": None,
+        "text": "the header x-api-key is needed",
+    }
+    assert redacted(None, "info", dict(event)) == event | {"pair": ["host", "s"]}
+
+
+@on_the_modules_loop
+async def test_every_route_that_needs_a_key_reads_strictly(keyed_service: Service):
+    """A body is read for known callers only, and by the strict reader."""
+    routes = [route for route in keyed_service.app.routes if isinstance(route, APIRoute)]
+    lax = {route.path for route in routes if not isinstance(route, StrictRoute)}
+    assert lax <= {*OPEN, "/console"}
+    assert not [route.path for route in routes if route.path in lax and route.body_field is not None]

@@ -28,6 +28,34 @@ def test_they_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     assert settings.api_key_hashes == (HASH, hash_key("other"))
 
 
+def test_a_key_may_belong_to_a_tenant(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SIDREC_API_KEY_HASHES", f"{HASH.upper()}:shop-1, {hash_key('other')}")
+    monkeypatch.setenv("SIDREC_ADMIN_KEY_HASHES", f"{HASH}:shop-1")
+    settings = Settings()
+    assert settings.api_key_hashes == (f"{HASH}:shop-1", hash_key("other"))
+    assert settings.admin_key_hashes == (f"{HASH}:shop-1",)
+
+
+@pytest.mark.parametrize("tenant", ["", "Shop", "shop 1", "shop_1", "x" * 33, "a:b", "é", "shop\n", "{a}"])
+def test_a_tenant_of_another_form_is_refused(tenant: str):
+    with pytest.raises(ValidationError, match=r"1 to 32 of a-z, 0-9 and -"):
+        Settings(api_key_hashes=(f"{HASH}:{tenant}",))
+
+
+def test_a_key_belongs_to_one_tenant(monkeypatch: pytest.MonkeyPatch):
+    for callers, admins in ((f"{HASH}:a,{HASH}:b", ""), (f"{HASH}:a", HASH)):
+        monkeypatch.setenv("SIDREC_API_KEY_HASHES", callers)
+        monkeypatch.setenv("SIDREC_ADMIN_KEY_HASHES", admins)
+        with pytest.raises(ValidationError, match=r"has two tenants, 'a' and '(b|default)'"):
+            Settings()
+
+
+def test_an_error_does_not_repeat_what_may_be_a_key():
+    with pytest.raises(ValidationError) as refusal:
+        Settings(api_key_hashes=("my-secret-key",))
+    assert "my-secret-key" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
 def test_loopback_needs_no_key(host: str):
     assert Settings(host=host).host == host
@@ -56,6 +84,15 @@ def test_a_key_in_place_of_its_hash_is_refused(monkeypatch: pytest.MonkeyPatch, 
         ("BEAM_WIDTH", "501"),
         ("MAX_BATCH", "0"),
         ("MAX_IN_FLIGHT", "0"),
+        ("BREAKER_FAILURES", "0"),
+        ("REDIS_BREAKER_OPEN_S", "0"),
+        ("ANSWER_CACHE_SIZE", "-1"),
+        ("MAX_BODY_BYTES", "1023"),
+        ("BODY_TIMEOUT_S", "0"),
+        ("RATE_LIMIT_PER_S", "-1"),
+        ("RATE_LIMIT_PER_S", "inf"),
+        ("RATE_LIMIT_PER_S", "nan"),
+        ("RATE_LIMIT_BURST", "0"),
         ("THINK_MAX_TOKENS", "0"),
         ("THINK_MAX_TOKENS", "4097"),
         ("THINK_MAX_SECONDS", "0"),

@@ -56,3 +56,10 @@ async def test_any_user_id_can_be_read_and_erased(instant_service: Service, name
 async def test_a_user_id_is_at_most_128_characters_in_a_path_too(instant_service: Service):
     document = assert_problem(await instant_service.http.get(f"/users/{'x' * 129}/history"), 422, "invalid-request")
     assert document["errors"][0]["path"] == "path.user_id"
+
+
+async def test_a_line_break_in_an_id_names_that_user_and_no_other(instant_service: Service):
+    for user_id in ("broken", "broken\n"):
+        await instant_service.clicks(user_id, ITEM_IDS[0])
+    assert (await instant_service.http.delete("/users/broken%0A")).status_code == 204
+    assert await instant_service.history("broken") == [ITEM_IDS[0]]

@@ -71,7 +71,7 @@ async def thinking_service(
     async with running(settings, engine_factory) as service:
         state, deployment = service.state, service.state.deployments.current
         parts = deployment.bundle, deployment.engine, state.histories, state.metrics
-        deployment.recommender = Recommender(*parts, settings.beam_width, limits)
+        deployment.current.recommender = Recommender(*parts, settings.beam_width, limits)
         yield service
 
 

@@ -202,6 +202,12 @@ class FakeLLM:
         assert self.captures.pop(extended_key) == (*self.captures.pop(key), *token_ids)
         return self.check
 
+    def _sid_epoch(self, base_id: str, catalog_id: str, folder: str) -> None:
+        self._store.load_epoch(base_id, catalog_id, Path(folder))
+
+    def _sid_retire(self, catalog_id: str) -> None:
+        self._store.forget(catalog_id)
+
     def _sid_bitmap(self, catalog_id: str, digest: str, packed: bytes) -> None:
         self._store.put_bitmap(catalog_id, digest, packed)
 

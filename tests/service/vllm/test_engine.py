@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from semantic_ids.bundle import Bundle
+from semantic_ids.catalog_changes import CatalogItem, ItemChanges
 from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter, RankBitmap
@@ -379,6 +380,8 @@ class Lent:
         self._engine = engine
         self.name = engine.name
         self.decode = engine.decode
+        self.use_catalog = engine.use_catalog
+        self.retire_catalog = engine.retire_catalog
 
     @property
     def problem(self) -> str | None:
@@ -393,6 +396,37 @@ class Lent:
 
     async def stop(self) -> None:
         """It is not ours."""
+
+
+async def test_live_epochs_are_answered_beside_each_other_until_they_are_retired(
+    vllm_engine: VllmEngine, vllm_bundle: Bundle, metrics: Metrics
+):
+    catalog, rng = vllm_bundle.catalog, np.random.default_rng(5)
+    new = CatalogItem("new", "New", (), (15, 15, 15))
+    changes = ItemChanges(epoch=1).with_deleted(catalog.item_ids[3], catalog.item_ids[90]).with_put(new)
+    epoch = replace(vllm_bundle, catalog=catalog.with_changes(changes))
+    local = LocalEngine(vllm_bundle, LocalEngineConfig(), metrics)
+    await local.start()
+    with pytest.raises(EngineError, match="the engine has"):
+        await vllm_engine.decode(request(epoch))
+    for engine in (vllm_engine, local):
+        await engine.use_catalog(epoch)
+    try:
+        requests = [random_request(one, rng) for one in (vllm_bundle, epoch) * 20]
+        ours, theirs = await decode_all(vllm_engine, requests), await decode_all(local, requests)
+        for asked, one, other in zip(requests, ours, theirs, strict=True):
+            assert_same(one, other)
+            assert_legal(asked, one)
+        only_new = ItemFilter.of(len(epoch.catalog), allow=epoch.catalog.ranks_of(["new"])[0])
+        answer = await vllm_engine.decode(request(epoch, item_filter=only_new))
+        assert answer.ranks.tolist() == [epoch.catalog.rank_of("new")]
+    finally:
+        for engine in (vllm_engine, local):
+            await engine.retire_catalog(epoch.catalog_id)
+        await local.stop()
+    with pytest.raises(EngineError, match="the engine has"):
+        await vllm_engine.decode(request(epoch))
+    await vllm_engine.decode(request(vllm_bundle))
 
 
 async def test_over_http_it_recommends_thinks_and_streams_and_the_fallback_answers_while_it_is_down(

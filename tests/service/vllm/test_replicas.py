@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from semantic_ids.bundle import Bundle
+from semantic_ids.catalog_changes import ItemChanges
 from semantic_ids.filters import ItemFilter, RankBitmap
 from service.engine import vllm_engine as module
 from service.engine.base import (
@@ -717,6 +718,57 @@ async def in_one_batch(stand: Stand, requests: Sequence[DecodeRequest]) -> list[
     await slow
     assert len(requests) in llm.batches
     return answers
+
+
+# ── live epochs ──
+
+
+def epoch_of(bundle: Bundle, number: int) -> Bundle:
+    """The bundle without so many of its items."""
+    gone = frozenset(bundle.catalog.item_ids[:number])
+    return replace(bundle, catalog=bundle.catalog.with_changes(ItemChanges(deleted=gone, epoch=number)))
+
+
+async def test_requests_of_one_moment_are_answered_each_from_its_epoch(vllm_bundle: Bundle, processes: FakeProcesses):
+    async with standing(vllm_bundle, processes) as stand:
+        epochs = [vllm_bundle, epoch_of(vllm_bundle, 100), epoch_of(vllm_bundle, 140)]
+        for epoch in epochs[1:]:
+            await stand.engine.use_catalog(epoch)
+        asked = [request(epoch, number, width=NUM_ITEMS) for number, epoch in enumerate(epochs * 4)]
+        answers = await asyncio.gather(*map(stand.engine.decode, asked))
+        assert [len(one.ranks) for one in answers] == [NUM_ITEMS, NUM_ITEMS - 100, NUM_ITEMS - 140] * 4
+        await stand.engine.retire_catalog(epochs[1].catalog_id)
+        assert "the engine has" in str(await refused(stand.ask(request(epochs[1]))))
+        assert len((await stand.engine.decode(request(epochs[2], width=NUM_ITEMS))).ranks) == NUM_ITEMS - 140
+
+
+async def test_a_process_that_restarts_has_every_live_epoch_also_those_that_came_meanwhile(
+    vllm_bundle: Bundle, processes: FakeProcesses
+):
+    async with standing(vllm_bundle, processes, replicas=2) as stand:
+        early, retired, late = (epoch_of(vllm_bundle, number) for number in (1, 2, 3))
+        await stand.engine.use_catalog(early)
+        await stand.engine.use_catalog(retired)
+        processes.may_start.clear()
+        processes.made[0].kill()
+        await stand.engine.use_catalog(late)
+        await stand.engine.retire_catalog(retired.catalog_id)
+        processes.may_start.set()
+        await stand.ready()
+        for epoch in (early, late):
+            asked = request_for(0, 2, epoch)
+            await stand.engine.decode(asked)
+            assert processes.answered(asked.prompt.tolist())[-1] == (2, epoch.catalog_id), "the new process"
+        assert processes.made[2].calls["sid_epoch"] == 2
+
+
+async def test_an_epoch_that_cannot_be_sent_is_an_error_and_not_taken(vllm_bundle: Bundle, processes: FakeProcesses):
+    async with standing(vllm_bundle, processes) as stand:
+        processes.made[0].failures["sid_epoch"] = RuntimeError("no space")
+        epoch = epoch_of(vllm_bundle, 1)
+        with pytest.raises(EngineError, match="no space"):
+            await stand.engine.use_catalog(epoch)
+        assert "the engine has" in str(await refused(stand.ask(request(epoch))))
 
 
 async def test_a_batch_sends_each_bitmap_once(vllm_bundle: Bundle, processes: FakeProcesses):

@@ -1,0 +1,85 @@
+"""Who asks and what is asked, settled before a route runs: the key, its rate limit, the address, and then the body.
+
+A body is read for known callers only. FastAPI alone would read and parse it first.
+"""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Scope
+
+from service import strict_json
+from service.errors import MalformedProblem, UnsupportedMediaProblem
+from service.security import Caller
+from service.state import State
+
+
+async def caller_of(request: Request) -> Caller:
+    """Whose request it is, counted once against the key's rate limit."""
+    known: Caller | None = request.scope.get("sidrec_caller")
+    if known is None:
+        state: State = request.app.state.sidrec
+        known = state.api_keys.check(request.headers.get("x-api-key"))
+        await state.rate_limits.take(known)
+        request.scope["sidrec_caller"] = known
+    return known
+
+
+class StrictRoute(APIRoute):
+    """A route for callers with a key, whose body is strict JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, behind the checks."""
+        answer = super().get_route_handler()
+        has_body = self.body_field is not None
+
+        async def checked(request: Request) -> Response:
+            await caller_of(request)
+            _check_address(request.scope)
+            if has_body:
+                request = _StrictRequest(request.scope, request.receive)
+                await request.json()  # here, because FastAPI would hide the reason of a failure
+            return await answer(request)
+
+        return checked
+
+
+class _StrictRequest(Request):
+    """A request whose JSON is read strictly, once."""
+
+    async def json(self) -> Any:  # noqa: ANN401 - any JSON
+        """The value of the body; of an empty one None."""
+        if not hasattr(self, "_json"):
+            body = await self.body()
+            if body:
+                _check_media(self)
+            self._json = strict_json.parse(body) if body else None
+        return self._json
+
+
+def _check_media(request: Request) -> None:
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise UnsupportedMediaProblem("compressed bodies are not accepted: send it as it is")
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        raise UnsupportedMediaProblem("the body must be JSON: send it with content-type: application/json")
+
+
+def _check_address(scope: Scope) -> None:
+    """Two addresses that differ mean two things: what is no UTF-8 would be read as one replacement character."""
+    address = scope.get("raw_path", b"") + b"?" + scope["query_string"]
+    if b"%" not in address:
+        return
+    meant = unquote_to_bytes(address)
+    try:
+        meant.decode()
+    except UnicodeDecodeError:
+        raise MalformedProblem("the address is not UTF-8") from None
+    if b"\0" in meant:
+        raise MalformedProblem("the address holds a NUL")

@@ -1,0 +1,73 @@
+"""The experiments over HTTP: what runs, what it shows, and its administration; with an administrator's key."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+
+from service.access import StrictRoute
+from service.errors import BadRequestProblem, ConflictProblem, FieldError, NotFoundProblem, UnavailableProblem
+from service.experiments.config import Experiment, ExperimentsConfig, ExperimentsConfigError
+from service.experiments.exposures import ExposuresUnavailableError
+from service.experiments.report import ExperimentReport
+from service.experiments.runtime import ExperimentsFileError, UnknownExperimentError
+from service.routes import PROBLEMS, StateDep, administers
+
+router = APIRouter(
+    route_class=StrictRoute,
+    prefix="/experiments",
+    tags=["experiments"],
+    dependencies=[Depends(administers)],
+    responses=PROBLEMS | dict.fromkeys((403, 409), PROBLEMS[404]),  # type: ignore[arg-type]
+)
+
+
+@router.get("")
+async def experiments(state: StateDep) -> ExperimentsConfig:
+    """Every layer and experiment in force."""
+    return state.experiments.config
+
+
+@router.get("/{name}/report")
+async def report(name: str, state: StateDep) -> ExperimentReport:
+    """What an experiment shows so far; its always-valid p-values may be read at any time."""
+    try:
+        return await state.experiments.report(name)
+    except UnknownExperimentError as error:
+        raise NotFoundProblem(str(error)) from error
+    except ExposuresUnavailableError as error:
+        raise UnavailableProblem(f"experiments cannot be read ({error})") from error
+
+
+@router.put("/{name}")
+async def put_experiment(
+    name: str, body: Experiment, state: StateDep, layer: Annotated[str, Query(min_length=1, max_length=64)] = "default"
+) -> ExperimentsConfig:
+    """Add an experiment to a layer, or change it so far as nobody in it leaves it or changes variant."""
+    if body.name != name:
+        raise BadRequestProblem(
+            f"the path names {name!r} and the body {body.name!r}",
+            errors=[FieldError(path="body.name", message="must be the name in the path")],
+        )
+    try:
+        await state.experiments.put(layer, body)
+    except ExperimentsConfigError as error:
+        errors = [FieldError(path=problem.field, message=problem.rule) for problem in error.problems]
+        raise BadRequestProblem("the experiment breaks a rule; see errors", errors=errors) from error
+    except ExperimentsFileError as error:
+        raise ConflictProblem(str(error)) from error
+    except ExposuresUnavailableError as error:
+        raise UnavailableProblem(f"experiments cannot be changed ({error}); nothing was") from error
+    return state.experiments.config
+
+
+@router.delete("/{name}", status_code=204)
+async def remove_experiment(name: str, state: StateDep) -> None:
+    """Remove an experiment: its users are assigned no more. What was counted stays until it expires."""
+    try:
+        await state.experiments.remove(name)
+    except ExperimentsConfigError as error:
+        raise NotFoundProblem(str(error)) from error
+    except ExperimentsFileError as error:
+        raise ConflictProblem(str(error)) from error
+    except ExposuresUnavailableError as error:
+        raise UnavailableProblem(f"experiments cannot be changed ({error}); nothing was") from error

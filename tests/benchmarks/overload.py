@@ -1,0 +1,232 @@
+"""What the service does at 80 % of what it can answer, and at twice that: `make bench-overload`.
+
+The real application with its local engine on a small bundle and a real embedded Redis, in a process of its own; the
+load is an open loop with Poisson arrivals over keep-alive connections. A request is POST /recommend, 10 items, for a
+user with a stored history, with a deadline of a second. Latencies count from the scheduled arrival; a connection that
+is still busy makes a request wait here, so there are more connections than requests are ever under way.
+
+Saturation is the best rate of a closed loop, over several numbers of clients.
+
+SECONDS=5 shortens every phase, to see that it runs; its numbers mean little.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from service.app import create_app
+from service.logs import configure
+from service.server import Server
+from tests.benchmarks.instant_service import settings_in
+from tests.benchmarks.load import Connection, Load, Measured, Response, poisson_arrivals, post, precise_event_loop
+from tests.benchmarks.report import report
+from tests.benchmarks.small_bundle import publish_small_bundle, store_histories, user_id
+
+NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10
+DEADLINE_MS = 1_000
+SECONDS = float(os.environ.get("SECONDS", "20"))
+SEARCH_S, CONNECTIONS = max(1.0, SECONDS / 4), 512
+CONCURRENCIES = (8, 16, 32, 64)
+SERVER_STOP_S, CLIENT_TIMEOUT_S = 30, 30.0
+
+
+@dataclass
+class Outcomes:
+    """What an open loop saw, by kind of answer: `model`, `degraded`, `shed`, `error`. Latencies in seconds."""
+
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    elapsed_s: float = 0.0
+
+    def add(self, response: Response | None, latency_s: float) -> None:
+        """Count one answer."""
+        kind = "error"
+        if response is not None and response.status in (429, 503):
+            kind = "shed"
+        elif response is not None and response.status == 200:
+            answer = json.loads(response.body)
+            kind = "degraded" if answer["degraded"] else "model"
+            if len({item["item_id"] for item in answer["items"]}) != ANSWER_ITEMS:
+                kind = "error"
+            self.reasons[answer["reason"] or "none"] += 1
+        self.latencies.setdefault(kind, []).append(latency_s)
+
+    @property
+    def accepted(self) -> list[float]:
+        """Latencies of what was answered."""
+        return self.latencies.get("model", []) + self.latencies.get("degraded", [])
+
+    def num(self, kind: str) -> int:
+        """How many answers of a kind."""
+        return len(self.latencies.get(kind, []))
+
+    @property
+    def total(self) -> int:
+        """How many answers in all."""
+        return sum(map(len, self.latencies.values()))
+
+
+class OutcomeLoad(Load):
+    """A load that looks at what each answer is."""
+
+    def __init__(self, port: int, messages: list[bytes]) -> None:
+        super().__init__(port, messages, lambda response: response.status == 200)
+        self.outcomes = Outcomes()
+
+    async def at(self, rate: float, seconds: float, seed: int) -> Outcomes:
+        """Poisson arrivals at `rate` for `seconds`."""
+        self.outcomes = Outcomes()
+        measured = await self.open_loop(poisson_arrivals(rate, seconds, seed), CONNECTIONS)
+        self.outcomes.elapsed_s = measured.elapsed_s
+        return self.outcomes
+
+    async def _one(self, connection: Connection, due: float, measured: Measured) -> None:
+        message = self._messages[self._next % len(self._messages)]
+        self._next += 1
+        response = None
+        try:
+            async with asyncio.timeout(CLIENT_TIMEOUT_S):
+                response = await connection.request(message)
+        except (OSError, TimeoutError):
+            measured.num_errors += 1
+        self.outcomes.add(response, time.perf_counter() - due)
+
+
+async def saturation(load: OutcomeLoad) -> float:
+    """The most answers of the model a second, over the numbers of clients that each wait for their answer."""
+    best = 0.0
+    for concurrency in CONCURRENCIES:
+        load.outcomes = Outcomes()
+        measured = await load.closed_loop(concurrency, seconds=SEARCH_S)
+        best = max(best, load.outcomes.num("model") / measured.elapsed_s)
+    return best
+
+
+async def measure(port: int) -> dict[str, float | int | str]:
+    """All phases on one server."""
+    users = np.random.default_rng(2).permutation(NUM_USERS)
+    bodies = [{"user_id": user_id(user), "num_items": ANSWER_ITEMS, "deadline_ms": DEADLINE_MS} for user in users]
+    load = OutcomeLoad(port, [post("/recommend", json.dumps(body).encode()) for body in bodies])
+    await load.at(10, SEARCH_S, seed=0)
+    rate = await saturation(load)
+    below = await load.at(0.8 * rate, SECONDS, seed=2)
+    over = await load.at(2 * rate, SECONDS, seed=3)
+    after = await load.at(0.5 * rate, max(2.0, SECONDS / 4), seed=4)
+    p50, p99 = percentile_ms(below.accepted, 50), percentile_ms(below.accepted, 99)
+    return {
+        "saturation_rps": rate,
+        "at_80_p50_ms": p50,
+        "at_80_p99_ms": p99,
+        "at_80_p99_over_p50": p99 / p50,
+        "at_80_shed_or_degraded": below.total - below.num("model"),
+        "at_200_requests": over.total,
+        "at_200_answered_rps": len(over.accepted) / over.elapsed_s,
+        "at_200_model_rps": over.num("model") / over.elapsed_s,
+        "at_200_shed_share": over.num("shed") / over.total,
+        "at_200_shed_p50_ms": percentile_ms(over.latencies.get("shed", []), 50),
+        "at_200_shed_p99_ms": percentile_ms(over.latencies.get("shed", []), 99),
+        "at_200_degraded_share": over.num("degraded") / over.total,
+        "at_200_accepted_p50_ms": percentile_ms(over.accepted, 50),
+        "at_200_accepted_p99_ms": percentile_ms(over.accepted, 99),
+        "at_200_accepted_max_ms": percentile_ms(over.accepted, 100),
+        "at_200_beyond_deadline": sum(1000 * latency > DEADLINE_MS for latency in over.accepted),
+        "after_shed": after.num("shed"),
+        "after_p99_ms": percentile_ms(after.accepted, 99),
+        "errors": sum(phase.num("error") for phase in (below, over, after)),
+    }
+
+
+def percentile_ms(latencies: list[float], percent: float) -> float:
+    """A percentile in milliseconds; NaN of nothing."""
+    return 1000 * float(np.percentile(latencies, percent)) if latencies else float("nan")
+
+
+def serve(folder: Path) -> None:
+    """The server, until SIGTERM or Ctrl-C; its port goes to stdout."""
+    settings = settings_in(folder)
+    configure(settings.log_level, settings.log_format)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+
+    def announce() -> None:
+        sys.stdout.write(f"{listener.getsockname()[1]}\n")
+        sys.stdout.flush()
+
+    web = create_app(settings)
+    with suppress(KeyboardInterrupt, SystemExit):
+        Server(web, announce).run(sockets=[listener])
+    if web.state.startup_error is not None:
+        raise SystemExit(f"the service could not start: {web.state.startup_error}")
+
+
+@asynccontextmanager
+async def running_server(folder: Path) -> AsyncIterator[int]:
+    """Port of a server on `folder`; stopped at the end, whatever happens."""
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.benchmarks.overload", str(folder), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert server.stdout is not None
+        line = await server.stdout.readline()
+        if not line:
+            raise SystemExit("the server did not start: its own message is above")
+        yield int(line)
+    finally:
+        with suppress(ProcessLookupError):
+            server.terminate()
+        try:
+            async with asyncio.timeout(SERVER_STOP_S):
+                await server.wait()
+        except TimeoutError:
+            server.kill()
+            await server.wait()
+
+
+async def run() -> dict[str, float | int | str]:
+    """Prepare, serve, measure, clean up."""
+    with tempfile.TemporaryDirectory(prefix="sidrec-bench-overload-") as name:
+        folder = Path(name)
+        publish_small_bundle(folder / "bundles", NUM_ITEMS)
+        await store_histories(folder / "redis", NUM_USERS, NUM_ITEMS)
+        gc.freeze()  # torch's objects: a collection of them all would stop the client for tens of milliseconds
+        async with running_server(folder) as port:
+            return await measure(port)
+
+
+def main() -> None:
+    """Ctrl-C and SIGTERM end it cleanly."""
+    if len(sys.argv) > 1:
+        serve(Path(sys.argv[1]))
+        return
+    configure("warning", "console")  # stdout is for the table
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with asyncio.Runner(loop_factory=precise_event_loop) as runner:
+            results = runner.run(run())
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    notes = {
+        "saturation_rps": "closed loop, the best concurrency",
+        "at_80_p99_over_p50": "≤ 3",
+        "at_200_shed_p99_ms": "< 20",
+        "at_200_beyond_deadline": "0",
+        "after_shed": "0: at half of saturation, straight after",
+        "errors": "0",
+    }
+    report(f"POST /recommend under load, {ANSWER_ITEMS} items of {NUM_ITEMS:,}, the local engine", results, notes)
+
+
+if __name__ == "__main__":
+    main()
