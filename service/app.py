@@ -187,7 +187,10 @@ def _run_in_background(work: Coroutine[Any, Any, None], name: str, stack: AsyncE
     task = asyncio.create_task(work, name=name)
 
     async def end() -> None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        while not task.done():  # redis-py swallows a cancellation that comes as an answer does
+            task.cancel()
+            await asyncio.wait((task,), timeout=0.2)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background_task_failed", task=task.get_name(), exc_info=error)
 
     stack.push_async_callback(end)
