@@ -76,3 +76,39 @@ class CatalogKeys:
 def catalog_keys(namespace: str = DEFAULT_NAMESPACE) -> CatalogKeys:
     """The keys of the live catalogue."""
     return CatalogKeys(*(f"{PREFIX}:{{{_encoded(namespace)}}}:catalog-{one.name}" for one in fields(CatalogKeys)))
+
+
+def exposure_stream(namespace: str = DEFAULT_NAMESPACE) -> str:
+    """STREAM: one entry for each exposure; its `variants` are as in a link."""
+    return f"{PREFIX}:exposures:{_encoded(namespace)}"
+
+
+def unit_key_name(namespace: str = DEFAULT_NAMESPACE) -> str:
+    """STRING: the deployment's key for hashes of user ids."""
+    return f"{PREFIX}:experiments:{_encoded(namespace)}:unit-key"
+
+
+def experiment_names_key(namespace: str) -> str:
+    """SET: every experiment that was ever counted."""
+    return f"{PREFIX}:experiments:{_encoded(namespace)}:names"
+
+
+def exposure_link_key(namespace: str, recommendation_id: str) -> str:
+    """STRING: `<experiment>/<variant>` of a recommendation, separated by spaces."""
+    return f"{PREFIX}:exposure:{{{_encoded(namespace)}:{_encoded(recommendation_id)}}}"
+
+
+def experiment_shard_keys(namespace: str, experiment: str, shard: int) -> tuple[str, str]:
+    """Two HASHes: counts by unit; sums over units, by `<variant>:<name>`."""
+    tag = f"{_encoded(namespace)}:experiment:{_encoded(experiment)}:{shard}"
+    return f"{PREFIX}:{{{tag}}}:units", f"{PREFIX}:{{{tag}}}:sums"
+
+
+def experiment_guardrails_key(namespace: str, experiment: str) -> str:
+    """HASH: `<variant>:degraded`, and `<variant>:<latency bucket>`."""
+    return f"{PREFIX}:{{{_encoded(namespace)}:experiment:{_encoded(experiment)}}}:guardrails"
+
+
+def experiments_config_key(namespace: str = DEFAULT_NAMESPACE) -> str:
+    """STRING: the experiments as JSON, where no file decides."""
+    return f"{PREFIX}:experiments:{_encoded(namespace)}:config"

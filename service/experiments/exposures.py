@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import ceil, log
 from typing import Any, Literal, TypeAlias
-from urllib.parse import quote
 
 import structlog
 from redis.asyncio import Redis
@@ -38,7 +37,15 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from service.experiments.assignment import Assignment
-from service.redis_keys import DEFAULT_NAMESPACE, PREFIX
+from service.redis_keys import (
+    DEFAULT_NAMESPACE,
+    experiment_guardrails_key,
+    experiment_names_key,
+    experiment_shard_keys,
+    exposure_link_key,
+    exposure_stream,
+    unit_key_name,
+)
 
 logger = structlog.get_logger(__name__)
 
@@ -174,41 +181,6 @@ class _Step:
     unit: str
 
 
-def exposure_stream(namespace: str = DEFAULT_NAMESPACE) -> str:
-    """STREAM: one entry for each exposure; its `variants` are as in a link."""
-    return f"{PREFIX}:exposures:{_encoded(namespace)}"
-
-
-def unit_key_name(namespace: str = DEFAULT_NAMESPACE) -> str:
-    """STRING: the deployment's key for hashes of user ids."""
-    return f"{PREFIX}:experiments:{_encoded(namespace)}:unit-key"
-
-
-def _names_key(namespace: str) -> str:
-    """SET: every experiment that was ever counted."""
-    return f"{PREFIX}:experiments:{_encoded(namespace)}:names"
-
-
-def _link_key(namespace: str, recommendation_id: str) -> str:
-    """STRING: `<experiment>/<variant>` of a recommendation, separated by spaces."""
-    return f"{PREFIX}:exposure:{{{_encoded(namespace)}:{_encoded(recommendation_id)}}}"
-
-
-def _shard_keys(namespace: str, experiment: str, shard: int) -> tuple[str, str]:
-    """Two HASHes: counts by unit; sums over units, by `<variant>:<name>`."""
-    tag = f"{_encoded(namespace)}:experiment:{_encoded(experiment)}:{shard}"
-    return f"{PREFIX}:{{{tag}}}:units", f"{PREFIX}:{{{tag}}}:sums"
-
-
-def _guardrails_key(namespace: str, experiment: str) -> str:
-    """HASH: `<variant>:degraded`, and `<variant>:<latency bucket>`."""
-    return f"{PREFIX}:{{{_encoded(namespace)}:experiment:{_encoded(experiment)}}}:guardrails"
-
-
-def _encoded(text: str) -> str:
-    return quote(text, safe="", errors="surrogatepass")
-
-
 async def deployment_unit_key(redis: Redis, namespace: str = DEFAULT_NAMESPACE) -> bytes:
     """The key of the hashes of user ids: random, made once, the same for every replica on this Redis."""
     with _typed_failure():
@@ -282,7 +254,7 @@ class ExposureLog:
         unit = self.unit(user_id)
         self._queue = deque(queued for queued in self._queue if queued.unit != unit)
         with _typed_failure():
-            names = sorted(map(str, await self._redis.smembers(_names_key(self._settings.namespace))))
+            names = sorted(map(str, await self._redis.smembers(experiment_names_key(self._settings.namespace))))
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for name in names:
                     pipeline.hdel(self._shard_keys(name, unit)[0], unit)
@@ -293,9 +265,9 @@ class ExposureLog:
         namespace = self._settings.namespace
         with _typed_failure():
             async with self._redis.pipeline(transaction=False) as pipeline:
-                pipeline.hgetall(_guardrails_key(namespace, experiment))
+                pipeline.hgetall(experiment_guardrails_key(namespace, experiment))
                 for shard in range(_NUM_SHARDS):
-                    pipeline.hgetall(_shard_keys(namespace, experiment, shard)[1])
+                    pipeline.hgetall(experiment_shard_keys(namespace, experiment, shard)[1])
                 guardrails, *shards = await pipeline.execute()
         sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
         latencies: defaultdict[str, dict[float, int]] = defaultdict(dict)
@@ -353,13 +325,13 @@ class ExposureLog:
         async with self._redis.pipeline(transaction=False) as pipeline:
             self._append(pipeline, exposures)
             for outcome in outcomes:
-                pipeline.get(_link_key(namespace, outcome.recommendation_id))
+                pipeline.get(exposure_link_key(namespace, outcome.recommendation_id))
             replies = await pipeline.execute()
         links: Iterator[str | None] = iter(replies[len(replies) - len(outcomes) :])
         async with self._redis.pipeline(transaction=False) as pipeline:
             for (experiment, shard), steps in self._by_shard(self._steps(batch, links)).items():
                 args = [text for one in steps for text in (one.step, one.variant, one.unit)]
-                keys = _shard_keys(namespace, experiment, shard)
+                keys = experiment_shard_keys(namespace, experiment, shard)
                 pipeline.eval(_COUNT, len(keys), *keys, str(self._settings.retention_s), *args)
             self.num_unmatched += sum(await pipeline.execute())
 
@@ -372,7 +344,9 @@ class ExposureLog:
         for queued in exposures:
             exposure = queued.exposure
             variants = " ".join(f"{one.experiment}/{one.variant}" for one in exposure.assignments)
-            pipeline.set(_link_key(settings.namespace, exposure.recommendation_id), variants, ex=settings.attribution_s)
+            pipeline.set(
+                exposure_link_key(settings.namespace, exposure.recommendation_id), variants, ex=settings.attribution_s
+            )
             entry = _stream_entry(queued, variants)
             pipeline.xadd(stream, entry, maxlen=settings.stream_max_length, approximate=True)
             for assignment in exposure.assignments:
@@ -382,9 +356,9 @@ class ExposureLog:
                     counts[f"{assignment.variant}:degraded"] += 1
         oldest_ms = int(1000 * (time.time() - settings.retention_s))
         pipeline.xtrim(stream, minid=f"{max(0, oldest_ms)}-0", approximate=True)
-        pipeline.sadd(_names_key(settings.namespace), *guardrails)
+        pipeline.sadd(experiment_names_key(settings.namespace), *guardrails)
         for experiment, counts in guardrails.items():
-            key = _guardrails_key(settings.namespace, experiment)
+            key = experiment_guardrails_key(settings.namespace, experiment)
             for name, count in counts.items():
                 pipeline.hincrby(key, name, count)
             pipeline.expire(key, settings.retention_s)
@@ -411,7 +385,7 @@ class ExposureLog:
         return grouped
 
     def _shard_keys(self, experiment: str, unit: str) -> tuple[str, str]:
-        return _shard_keys(self._settings.namespace, experiment, _shard(unit))
+        return experiment_shard_keys(self._settings.namespace, experiment, _shard(unit))
 
 
 @contextmanager

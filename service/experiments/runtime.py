@@ -28,7 +28,7 @@ from service.experiments.exposures import (
     deployment_unit_key,
 )
 from service.experiments.report import ExperimentReport, make_report
-from service.redis_keys import DEFAULT_NAMESPACE, PREFIX
+from service.redis_keys import experiments_config_key
 
 log = structlog.get_logger(__name__)
 
@@ -52,11 +52,6 @@ class UnknownExperimentError(LookupError):
 def unit_of(tenant: str, user_id: str) -> str:
     """Who is randomised: users of different tenants are different, whatever their ids."""
     return f"{tenant}/{user_id}"
-
-
-def config_key(namespace: str = DEFAULT_NAMESPACE) -> str:
-    """STRING: the configuration as JSON, where no file decides."""
-    return f"{PREFIX}:experiments:{namespace}:config"
 
 
 class Experiments:
@@ -159,7 +154,7 @@ class Experiments:
     async def _read(self) -> ExperimentsConfig:
         if self._path is not None:
             return _supported(await asyncio.to_thread(ExperimentsConfig.load, self._path))
-        stored = await self._redis.get(config_key())
+        stored = await self._redis.get(experiments_config_key())
         return ExperimentsConfig() if stored is None else ExperimentsConfig.parse(str(stored))
 
     async def _edit(self, change: _Change) -> None:
@@ -169,12 +164,12 @@ class Experiments:
             async with self._redis.pipeline(transaction=True) as pipeline:
                 while True:
                     try:
-                        await pipeline.watch(config_key())
-                        stored = await pipeline.get(config_key())
+                        await pipeline.watch(experiments_config_key())
+                        stored = await pipeline.get(experiments_config_key())
                         before = ExperimentsConfig() if stored is None else ExperimentsConfig.parse(str(stored))
                         after = _supported(change(before))
                         pipeline.multi()  # type: ignore[no-untyped-call]
-                        pipeline.set(config_key(), after.model_dump_json())
+                        pipeline.set(experiments_config_key(), after.model_dump_json())
                         await pipeline.execute()
                         break
                     except WatchError:  # another administrator was faster: change what is there now

@@ -26,10 +26,9 @@ from service.experiments.exposures import (
     Outcome,
     VariantTally,
     deployment_unit_key,
-    exposure_stream,
-    unit_key_name,
 )
 from service.histories import connect
+from service.redis_keys import exposure_stream, unit_key_name
 from service.redis_server import EmbeddedRedis
 from tests.service.running import until
 
