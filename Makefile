@@ -21,7 +21,7 @@ endif
 
 export VENV
 
-.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-overload bench-tokenizers bench-tokenizer-step constraints test-contract clean
+.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-catalog bench-overload bench-tokenizers bench-tokenizer-step constraints soak test-contract clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ test-contract: ## Schemathesis against the running service, all checks, MINUTES=
 	@scripts/bootstrap.sh dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.service.contract --minutes $(MINUTES) $(ARGS)
 
+soak: MINUTES = 60
+soak: ## whether the service grows under steady mixed traffic, MINUTES=60 (ARGS="--out FILE": every sample as JSON)
+	@scripts/bootstrap.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.soak --minutes $(MINUTES) $(ARGS)
+
 lint: ## format and fix
 	@scripts/bootstrap.sh dev
 	$(BIN)/ruff check --fix .
@@ -73,6 +78,10 @@ bench-http: ## HTTP latency, saturation and memory with an engine that answers a
 bench-overload: ## latency and shedding at 80 % and 200 % of saturation, with the local engine (about 3 minutes)
 	@scripts/bootstrap.sh dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.overload
+
+bench-catalog: ## epochs, PUT, DELETE and start-up at a million items with up to 100,000 live changes (about 5 minutes, 1 GB in /tmp)
+	@scripts/bootstrap.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.live_catalog $(ARGS)
 
 bench-tokenizers: ## one small generator on the SIDs of every tokenizer (hours; DATA=dir RUN=dir, ARGS=… as in its --help)
 	@scripts/bootstrap.sh dev

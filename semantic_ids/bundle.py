@@ -45,7 +45,9 @@ TOKENIZER = "tokenizer.json"
 """Inside a bundle's `model/`, where prompts are text."""
 _STAGING = ".staging-"
 _LOCK = ".publishing"
-_BUNDLE_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
+BUNDLE_ID = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}"
+"""The form of a bundle's id, a regular expression."""
+_BUNDLE_ID = re.compile(BUNDLE_ID)
 
 
 class BundleError(Exception):

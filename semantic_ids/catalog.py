@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from semantic_ids.catalog_changes import CatalogItem, ItemChanges, RankMap, SortKeys, insertion_places, spliced
+from semantic_ids.catalog_changes import (
+    CatalogItem,
+    ItemChanges,
+    Origins,
+    RankMap,
+    SortKeys,
+    Translation,
+    insertion_places,
+    spliced,
+)
 from semantic_ids.codes import Codes, SidSpace
 from semantic_ids.columns import MergedColumn, StringColumn, map_array, save_array
 from semantic_ids.trie import Ranks, SidTrie, sid_keys
@@ -136,6 +145,21 @@ class Catalog:
         """The item's SID, written."""
         return self.space.format(self.codes[rank])
 
+    @property
+    def published(self) -> "Catalog":
+        """The catalogue that this is an epoch of: itself, unless it is one."""
+        return self
+
+    @cached_property
+    def origins(self) -> npt.NDArray[np.int32]:
+        """The published rank of each item, (N,); -1 for those that were put since."""
+        return np.arange(len(self), dtype=np.int32)
+
+    @cached_property
+    def ties(self) -> npt.NDArray[np.int64]:
+        """What orders items of one SID and popularity, (N,): the published rank, and above all those the arrival."""
+        return np.arange(len(self), dtype=np.int64)
+
     @cached_property
     def by_popularity(self) -> Ranks:
         """All ranks, the most popular first; equal popularity in an order fixed by the SIDs' hash, not by item id."""
@@ -215,7 +239,8 @@ class CatalogEpoch(Catalog):
 
     base: Catalog
     rank_map: RankMap
-    """From the base's ranks to this epoch's: carries over what is kept by base rank, such as neighbours."""
+    """From the base's ranks to this epoch's."""
+    puts: "_RankedPuts"
 
     @classmethod
     def of(cls, base: Catalog, changes: ItemChanges) -> "CatalogEpoch":
@@ -247,7 +272,37 @@ class CatalogEpoch(Catalog):
             epoch=changes.epoch,
             base=base,
             rank_map=rank_map,
+            puts=puts,
         )
+
+    @property
+    def published(self) -> Catalog:
+        """The catalogue that all epochs are made from, or from a merged one of it."""
+        return self.base.published
+
+    @cached_property
+    def origins(self) -> npt.NDArray[np.int32]:
+        """As any catalogue's."""
+        return self.rank_map.column(self.base.origins, self.puts.origins)
+
+    @cached_property
+    def ties(self) -> npt.NDArray[np.int64]:
+        """As any catalogue's."""
+        return self.rank_map.column(self.base.ties, self.puts.ties)
+
+    @cached_property
+    def translation(self) -> Translation:
+        """From published ranks to this epoch's: carries over what is kept by published rank, such as neighbours."""
+        if self.base is self.published:
+            return self.rank_map
+        return Origins.of(len(self.published), self.origins)
+
+    def save_merged(self, folder: Path) -> None:
+        """Write this epoch into `folder` as a catalogue that later epochs can be made from: `MergedCatalog.load`."""
+        self.save(folder)
+        save_array(folder, "origins", self.origins)
+        save_array(folder, "ties", self.ties)
+        save_array(folder, "by_popularity", self.by_popularity)
 
     def with_changes(self, changes: ItemChanges) -> "CatalogEpoch":
         """Refused: an epoch holds all changes since the base, and the next one starts from the base again."""
@@ -267,6 +322,52 @@ class CatalogEpoch(Catalog):
         return self.rank_map.listing(order, places, put_ranks[listed])[0].astype(np.int64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergedCatalog(Catalog):
+    """An epoch, written down, from which later epochs are made with the changes after it.
+
+    They equal those made from the published catalogue and all changes: it keeps where its items stood when published.
+    """
+
+    of: Catalog
+    merged_origins: npt.NDArray[np.int32]
+    merged_ties: npt.NDArray[np.int64]
+    merged_popularity: Ranks
+
+    @classmethod
+    def load_merged(cls, folder: Path, published: Catalog, epoch: int) -> "MergedCatalog":
+        """Map what `CatalogEpoch.save_merged` wrote; `CatalogError` if it cannot be one of `published`."""
+        plain = Catalog.load(folder, published.space)
+        try:
+            origins, ties, popularity = (map_array(folder, name) for name in ("origins", "ties", "by_popularity"))
+        except (OSError, ValueError, EOFError) as error:
+            raise CatalogError(f"the merged catalogue in {folder} cannot be read: {error}") from error
+        if not len(origins) == len(ties) == len(popularity) == len(plain) or origins.max() >= len(published):
+            raise CatalogError(f"the merged catalogue in {folder} is none of the published one")
+        columns = {one.name: getattr(plain, one.name) for one in fields(Catalog) if one.init} | {"epoch": epoch}
+        return cls(**columns, of=published, merged_origins=origins, merged_ties=ties, merged_popularity=popularity)
+
+    @property
+    def published(self) -> Catalog:
+        """The catalogue that this is an epoch of."""
+        return self.of
+
+    @cached_property
+    def origins(self) -> npt.NDArray[np.int32]:
+        """As any catalogue's."""
+        return self.merged_origins
+
+    @cached_property
+    def ties(self) -> npt.NDArray[np.int64]:
+        """As any catalogue's."""
+        return self.merged_ties
+
+    @cached_property
+    def by_popularity(self) -> Ranks:
+        """As any catalogue's."""
+        return self.merged_popularity
+
+
 @dataclass(frozen=True)
 class _RankedPuts:
     """Items put, in rank order, as columns (A,)."""
@@ -275,29 +376,51 @@ class _RankedPuts:
     codes: Codes  # (A, L)
     popularity: npt.NDArray[np.int64]
     base_ranks: Ranks  # -1 where the base does not have the item
+    origins: npt.NDArray[np.int32]  # the published ranks, likewise
+    ties: npt.NDArray[np.int64]
     places: Ranks  # base rows before each
 
     @classmethod
     def of(cls, base: Catalog, items: Sequence[CatalogItem]) -> "_RankedPuts":
-        base_ranks = _base_ranks(base, [item.item_id for item in items])
-        is_known = base_ranks >= 0
+        published, item_ids = base.published, [item.item_id for item in items]
+        base_ranks = _base_ranks(base, item_ids)
+        origins = base_ranks if published is base else _base_ranks(published, item_ids)
+        is_known = origins >= 0
         codes = np.array([item.codes for item in items], np.uint16).reshape(len(items), base.space.num_levels)
-        popularity = np.where(is_known, base.popularity[base_ranks], 0)
+        popularity = np.where(is_known, published.popularity[origins], 0)
         for place, item in enumerate(items):
             if item.popularity is not None:
                 popularity[place] = item.popularity
-        is_unmoved = is_known & (base.codes[base_ranks] == codes).all(axis=1)
-        is_unmoved &= base.popularity[base_ranks] == popularity
-        # Among equals an unmoved item stands where it did, and what came later follows the base.
-        arrival = np.where(is_unmoved, base_ranks, len(base) + np.arange(len(items)))
-        keys = (sid_keys(base.space, codes), -popularity, arrival)
+        is_unmoved = is_known & (published.codes[origins] == codes).all(axis=1)
+        is_unmoved &= published.popularity[origins] == popularity
+        # Among equals an unmoved item stands where it did, and what came later follows what was published.
+        ties = np.where(is_unmoved, origins, len(published) + _arrivals(base, items))
+        keys = (sid_keys(base.space, codes), -popularity, ties)
         order = np.lexsort(keys[::-1])
         places = insertion_places(
             len(base),
-            lambda rows: (sid_keys(base.space, base.codes[rows]), -base.popularity[rows], rows),
+            lambda rows: (sid_keys(base.space, base.codes[rows]), -base.popularity[rows], base.ties[rows]),
             tuple(key[order] for key in keys),
         )
-        return cls([items[place] for place in order], codes[order], popularity[order], base_ranks[order], places)
+        return cls(
+            [items[place] for place in order],
+            codes[order],
+            popularity[order],
+            base_ranks[order],
+            origins[order].astype(np.int32),
+            ties[order],
+            places,
+        )
+
+
+def _arrivals(base: Catalog, items: Sequence[CatalogItem]) -> npt.NDArray[np.int64]:
+    numbers = [item.arrival for item in items]
+    given = [number for number in numbers if number is not None]
+    if len(given) == len(numbers):
+        return np.array(given, np.int64)
+    if given or base is not base.published:
+        raise CatalogError("items that are put into a merged catalogue, or with others that do, need an arrival number")
+    return np.arange(len(items))
 
 
 def _base_ranks(base: Catalog, item_ids: Sequence[str]) -> Ranks:

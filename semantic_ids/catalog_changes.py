@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ class CatalogItem:
     codes: tuple[int, ...]  # (L,)
     popularity: int | None = None
     """Training interactions; None: what the base says of this id, 0 where it does not know it."""
+    arrival: int | None = None
+    """A number that is greater than those of all items that came before; None: its place among the items of a change
+    of the catalogue as published."""
 
 
 @dataclass(frozen=True)
@@ -184,11 +187,42 @@ def _precedes(keys: SortKeys, others: SortKeys) -> npt.NDArray[np.bool_]:
     return precedes
 
 
+class Translation(Protocol):
+    """Ranks of the catalogue as published ⇄ ranks of an epoch of it."""
+
+    @property
+    def epoch_ranks(self) -> npt.NDArray[np.int32]:
+        """The rank in the epoch of each published item, -1 where it is not there."""
+
+    def base_ranks(self, ranks: Ranks) -> Ranks:
+        """The published rank of each item of the epoch, (M,) → (M,); -1 for those that were not published."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origins:
+    """A `Translation` of an epoch whose base is not the catalogue as published."""
+
+    origins: npt.NDArray[np.int32]  # (E,) the published rank of each row, -1 for those that were not published
+    epoch_ranks: npt.NDArray[np.int32]  # (N,)
+
+    @classmethod
+    def of(cls, num_published: int, origins: npt.NDArray[np.int32]) -> "Origins":
+        """The translation of rows whose published ranks are `origins`."""
+        epoch_ranks = np.full(num_published, -1, np.int32)
+        kept = np.flatnonzero(origins >= 0)
+        epoch_ranks[origins[kept]] = kept
+        return cls(origins, epoch_ranks)
+
+    def base_ranks(self, ranks: Ranks) -> Ranks:
+        """As `Translation` says."""
+        return self.origins[ranks].astype(np.int64)
+
+
 @dataclass(frozen=True)
 class TranslatedNeighbours(Neighbours):
     """A base's neighbours, asked and answering in an epoch's ranks; the columns stay the base's."""
 
-    rank_map: RankMap
+    rank_map: Translation
 
     def of_history(self, history: Ranks, decay: float = 0.8, last: int = 20) -> Ranks:
         """As of the base: items that are new have no neighbours but do age the others; those deleted are nobody's."""
@@ -197,6 +231,6 @@ class TranslatedNeighbours(Neighbours):
         return found[found >= 0].astype(np.int64)
 
 
-def translated(neighbours: Neighbours, rank_map: RankMap) -> TranslatedNeighbours:
+def translated(neighbours: Neighbours, rank_map: Translation) -> TranslatedNeighbours:
     """The base's `neighbours` for an epoch; nothing is copied."""
     return TranslatedNeighbours(neighbours.offsets, neighbours.ranks, neighbours.weights, rank_map)

@@ -16,6 +16,8 @@ Codes = npt.NDArray[np.uint16]
 TokenIds = npt.NDArray[np.int64]
 
 _SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9]\d{0,4})>")
+_LIKE_SID_TOKEN = re.compile(r"<\s*([A-Za-z])_(\d+)\s*>|<\s*[A-Za-z]_\d*")
+"""A SID token, and whatever a reader would take for one: cut off, in capitals, spaced, of no such level."""
 
 MAX_LEVELS = 8
 MAX_CODEBOOK_SIZE = 65_536  # codes are stored as uint16
@@ -23,6 +25,16 @@ MAX_CODEBOOK_SIZE = 65_536  # codes are stored as uint16
 
 class SidError(ValueError):
     """A SID, or a SID space, that cannot be: the message has the value and the rule."""
+
+
+@dataclass(frozen=True)
+class SidMention:
+    """Where free text names a SID: `text[start:end]`."""
+
+    start: int
+    end: int
+    codes: tuple[int, ...] | None
+    """(L,); None for what looks like a SID and is none: a part of one, or codes that this space does not have."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,39 @@ class SidSpace:
         if self.format(codes) != text:
             raise SidError(f"the levels of {text!r} are not in order")
         return codes
+
+    def mentions(self, text: str) -> list[SidMention]:
+        """Every SID in free text, and everything that looks like a SID or a part of one, in order.
+
+        The tokens of a SID follow each other, level by level, with nothing but white space between them.
+        """
+        mentions: list[SidMention] = []
+        pending: list[re.Match[str]] = []
+
+        def close() -> None:
+            if pending:
+                start, end = pending[0].start(), pending[-1].end()
+                codes = tuple(int(match[2]) for match in pending) if len(pending) == self.num_levels else None
+                mentions.append(SidMention(start, end, codes))
+                pending.clear()
+
+        for match in _LIKE_SID_TOKEN.finditer(text):
+            if pending and text[pending[-1].end() : match.start()].strip():
+                close()
+            if not self._is_token(match, level=len(pending)):
+                close()
+            if self._is_token(match, level=len(pending)):
+                pending.append(match)
+                if len(pending) == self.num_levels:
+                    close()
+            else:
+                mentions.append(SidMention(match.start(), match.end(), None))
+        close()
+        return mentions
+
+    def _is_token(self, match: re.Match[str], *, level: int) -> bool:
+        exact = _SID_TOKEN.fullmatch(match[0])
+        return exact is not None and exact[1] == chr(ord("a") + level) and int(exact[2]) < self.codebook_size
 
     def check(self, codes: npt.NDArray[np.integer]) -> Codes:
         """`codes` as a uint16 array (..., L), or `SidError` naming the first code outside the space."""

@@ -8,6 +8,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+_COPIED_TOGETHER = 65_536  # strings: bounds the memory of their bytes' places
+
 
 def save_array(folder: Path, name: str, array: npt.NDArray[Any]) -> None:
     """Write `name.npy` into `folder`."""
@@ -104,4 +106,18 @@ class MergedColumn(StringColumn):
 
     def save(self, folder: Path, name: str) -> None:
         """Write the column as a plain one, which `StringColumn.map` reads."""
-        StringColumn.of(self).save(folder, name)
+        self.plain().save(folder, name)
+
+    def plain(self) -> StringColumn:
+        """The same strings in a blob of their own; a million of them take some tenths of a second."""
+        blob = np.concatenate((self.blob, self.added.blob))
+        starts = np.concatenate((self.offsets[:-1], len(self.blob) + self.added.offsets[:-1]))[self.sources]
+        ends = np.concatenate((self.offsets[1:], len(self.blob) + self.added.offsets[1:]))[self.sources]
+        offsets = np.concatenate(([0], np.cumsum(ends - starts))).astype(np.int64)
+        copied = np.zeros(max(1, int(offsets[-1])), np.uint8)
+        for first in range(0, len(starts), _COPIED_TOGETHER):
+            low, high = offsets[first], offsets[min(first + _COPIED_TOGETHER, len(starts))]
+            some = slice(first, first + _COPIED_TOGETHER)
+            shift = np.repeat(starts[some] - offsets[:-1][some], (ends - starts)[some])
+            copied[low:high] = blob[np.arange(low, high) + shift]
+        return StringColumn(copied, offsets)

@@ -94,10 +94,7 @@ class ItemFilter:
 
     def contains(self, ranks: Ranks) -> npt.NDArray[np.bool_]:
         """Whether each rank is eligible, (M,) → (M,)."""
-        if self.allow is not None:
-            return np.isin(ranks, self.allow)
-        eligible = self.bitmap.member[ranks] if self.bitmap is not None else np.ones(len(ranks), np.bool_)
-        return eligible & ~np.isin(ranks, self.deny) if len(self.deny) else eligible
+        return self.count(ranks, ranks + 1) > 0
 
     @cached_property
     def num_eligible(self) -> int:

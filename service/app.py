@@ -1,18 +1,19 @@
 """The composition root: settings in, a running application out. Nothing else decides what is wired to what."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import structlog
 from fastapi import FastAPI
+from redis.asyncio import Redis
 
 from semantic_ids.bundle import Bundle, current_id
 from service import errors, experiment_routes, item_routes, openapi, routes
 from service.admission import Admission, EarlyGate
+from service.background import ended
 from service.breaker import Breaker, GuardedHistories
 from service.deployments import Deployments
 from service.engine.base import Engine
@@ -21,7 +22,9 @@ from service.fallback import AnswerCache
 from service.histories import connect
 from service.item_store import ItemStore, ItemStoreError
 from service.items import Items
+from service.last_known import LastKnown
 from service.live_catalog import LiveCatalog
+from service.merged_catalogs import MergedCatalogs
 from service.metrics import Metrics
 from service.middleware import Instrumented
 from service.rate_limits import RateLimits
@@ -29,13 +32,16 @@ from service.recommender import Recommender, ThinkingLimits
 from service.redis_server import EmbeddedRedis, check_durability
 from service.request_limits import RequestLimits
 from service.security import ApiKeys
+from service.served_log import ServedLog, ServedLogSettings
 from service.settings import Settings
 from service.state import State
+from service.thoughts import Thoughts
 from service.tracing import Traced
 
-log = structlog.get_logger(__name__)
+if TYPE_CHECKING:
+    from service.think_ahead import ThinkAhead
 
-_SWITCH_INTERVAL_S = 0.0001
+log = structlog.get_logger(__name__)
 
 EngineFactory: TypeAlias = Callable[[Bundle, Settings, Metrics], Engine]
 
@@ -59,8 +65,6 @@ def make_engine(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
         )
     from service.engine.local import LocalEngine, LocalEngineConfig
 
-    # Decoding in a thread is much Python: with 5 ms a turn, as by default, every event of the loop waits for its turn.
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return LocalEngine(bundle, LocalEngineConfig(settings.decode_threads, settings.max_batch, settings.dtype), metrics)
 
 
@@ -122,14 +126,26 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
         redis,
         max_stored=settings.history_max_stored,
         ttl_s=settings.history_ttl_s,
+        last_known=LastKnown(settings.answer_cache_size, settings.answer_cache_ttl_s),
     )
     answers = AnswerCache(settings.answer_cache_size, settings.answer_cache_ttl_s)
-    experiments = Experiments(redis, settings.experiments, on_dropped=metrics.exposures_dropped.inc)
+    experiments = Experiments(
+        redis, settings.experiments, on_dropped=metrics.exposures_dropped.inc, on_waiting=metrics.experiments_wait
+    )
     stack.push_async_callback(experiments.stop)
     await experiments.start()
     _run_in_background(experiments.follow(settings.follow_experiments_s), "follow-experiments", stack)
+    kept = ServedLogSettings(settings.served_log_length, settings.served_log_days * 86_400)
+    served = ServedLog(redis, kept, on_dropped=metrics.served_log_dropped.inc)
+    stack.push_async_callback(served.stop)
+    await served.start()
     limits = ThinkingLimits(settings.think_max_tokens, settings.think_max_seconds)
-    live = LiveCatalog(ItemStore(redis, timeout_s=settings.redis_timeout_s), metrics)
+    ahead = _think_ahead(settings, redis, metrics, stack) if settings.think_ahead else None
+    thoughts = Thoughts(redis, metrics, ttl_s=settings.thought_cache_ttl_s, ahead=ahead)
+    stack.push_async_callback(thoughts.stop)
+    merged = MergedCatalogs(settings.catalog_cache)
+    stack.push_async_callback(merged.stop)
+    live = LiveCatalog(ItemStore(redis, timeout_s=settings.redis_timeout_s), metrics, merged)
     with suppress(ItemStoreError):  # not ready then, and read as soon as Redis answers
         await live.load()
     deployments = Deployments(
@@ -145,19 +161,23 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
             deleted_since=live.deleted_since,
             experiments=experiments,
             answers=answers,
+            served=served,
+            thoughts=thoughts,
             breaker=Breaker("engine", metrics, threshold=settings.breaker_failures, open_s=settings.breaker_open_s),
         ),
         metrics,
         live,
+        wanted=experiments.bundles,
+        on_change=experiments.serve_from,
     )
     stack.push_async_callback(deployments.stop)
     await deployments.start()
     _run_in_background(live.follow(), "follow-items", stack)
-    _run_in_background(deployments.follow_catalog(), "follow-catalog", stack)
     items = Items(live, deployments)
     items.start()
     stack.push_async_callback(items.stop)
     _run_in_background(deployments.follow(settings.follow_bundles_s), "follow-bundles", stack)
+    _run_in_background(deployments.follow_wanted(settings.follow_experiments_s), "follow-wanted-bundles", stack)
     admission = Admission(settings.max_in_flight, metrics)
     _run_in_background(admission.watch(), "admission", stack)
     return State(
@@ -167,11 +187,24 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
         redis=redis,
         histories=histories,
         experiments=experiments,
+        served=served,
         admission=admission,
         api_keys=ApiKeys(settings.api_key_hashes, settings.admin_key_hashes),
         rate_limits=RateLimits(redis, metrics, per_s=settings.rate_limit_per_s, burst=settings.rate_limit_burst),
         metrics=metrics,
     )
+
+
+def _think_ahead(settings: Settings, redis: Redis, metrics: Metrics, stack: AsyncExitStack) -> "ThinkAhead":
+    """Asks Celery's workers for thoughts. Imported here: without it the service needs no Celery."""
+    from service.celery_app import make_celery
+    from service.think_ahead import ThinkAhead, sender
+
+    celery = make_celery(settings)
+    stack.callback(celery.close)
+    ahead = ThinkAhead(redis, sender(celery), metrics)
+    _run_in_background(ahead.run(), "think-ahead", stack)
+    return ahead
 
 
 async def _start_embedded_redis(settings: Settings, stack: AsyncExitStack) -> str:
@@ -187,9 +220,7 @@ def _run_in_background(work: Coroutine[Any, Any, None], name: str, stack: AsyncE
     task = asyncio.create_task(work, name=name)
 
     async def end() -> None:
-        while not task.done():  # redis-py swallows a cancellation that comes as an answer does
-            task.cancel()
-            await asyncio.wait((task,), timeout=0.2)
+        await ended(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background_task_failed", task=task.get_name(), exc_info=error)
 

@@ -17,7 +17,8 @@ import structlog
 from purgatory.domain.model import CLOSED, HALF_OPENED, OPENED, Context, OpenedState
 from redis.asyncio import Redis
 
-from service.histories import Event, Histories, HistoryEntry, HistoryUnavailableError, UserState
+from service.histories import Event, EventType, Histories, HistoryEntry, HistoryUnavailableError, UserState
+from service.last_known import Hidden, LastKnown
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -105,22 +106,44 @@ class Breaker:
 
 
 class GuardedHistories(Histories):
-    """Histories that answer `HistoryUnavailableError` at once while Redis is known to be down."""
+    """Histories that answer `HistoryUnavailableError` at once while Redis is known to be down, and know a little."""
 
-    def __init__(self, breaker: Breaker, redis: Redis, *, max_stored: int, ttl_s: int | None) -> None:
+    def __init__(
+        self,
+        breaker: Breaker,
+        redis: Redis,
+        *,
+        max_stored: int,
+        ttl_s: int | None,
+        last_known: LastKnown | None = None,
+    ) -> None:
         super().__init__(redis, max_stored=max_stored, ttl_s=ttl_s)
         self._breaker = breaker
+        self._last_known = LastKnown() if last_known is None else last_known
         self._last_answer_at = [-math.inf]  # shared by the views of all tenants
 
     async def record(self, events: Sequence[Event]) -> list[bool]:
         """As `Histories.record`."""
         with self._guarded():
-            return await super().record(events)
+            stored = await super().record(events)
+        of_user: dict[str, list[tuple[EventType, str]]] = {}
+        for event in events:  # also those stored before: their acknowledgement may have been lost
+            of_user.setdefault(event.user_id, []).append((event.event_type, event.item_id))
+        for user_id, done in of_user.items():
+            self._last_known.tell((self._namespace, user_id), done)
+        return stored
 
     async def load(self, user_id: str) -> UserState:
         """As `Histories.load`."""
+        num_told = self._last_known.num_told
         with self._guarded():
-            return await super().load(user_id)
+            state = await super().load(user_id)
+        self._last_known.put((self._namespace, user_id), Hidden(state.seen, state.excluded), num_told)
+        return state
+
+    def last_known(self, user_id: str) -> Hidden:
+        """As `Histories.last_known`."""
+        return self._last_known.get((self._namespace, user_id))
 
     async def history(self, user_id: str) -> list[HistoryEntry]:
         """As `Histories.history`."""
@@ -130,7 +153,9 @@ class GuardedHistories(Histories):
     async def erase(self, user_id: str) -> int:
         """As `Histories.erase`."""
         with self._guarded():
-            return await super().erase(user_id)
+            num_keys = await super().erase(user_id)
+        self._last_known.forget((self._namespace, user_id))
+        return num_keys
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

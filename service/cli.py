@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +21,10 @@ from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import Progress
 
-from semantic_ids.bundle import MANIFEST, BundleError, activate, current_id
+from semantic_ids.bundle import MANIFEST, Bundle, BundleError, activate, current_id
+from service.export import ExportError, Wanted, export
 from service.histories import EventType, Histories, HistoryEntry, HistoryUnavailableError, connect
+from service.item_store import ItemStoreError
 from service.logs import configure
 from service.redis_keys import DEFAULT_NAMESPACE, import_marker
 from service.redis_server import EmbeddedRedis, EmbeddedRedisError
@@ -100,6 +103,27 @@ def import_histories(
     settings = _settings()
     configure("warning", "console")
     asyncio.run(_import(settings, file, tenant))
+
+
+@app.command("export")
+def export_served(
+    out: Annotated[Path, typer.Option(help="A new folder; `sidrec-train pipeline --data` reads it.")],
+    tenant: Annotated[str, typer.Option(help="Whose users are exported.")] = DEFAULT_NAMESPACE,
+    all_tenants: Annotated[
+        bool, typer.Option("--all-tenants", help="Those of all tenants, each called TENANT/USER.")
+    ] = False,
+    since: Annotated[
+        datetime | None,
+        typer.Option(help="Nothing before this (UTC).", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+    ] = None,
+) -> None:
+    """Write the stored histories and the catalogue as it is now: the next training set. The service may run on."""
+    if not is_tenant(tenant):
+        raise ServeError(f"the tenant {tenant!r} must be 1 to 32 of a-z, 0-9 and -")
+    settings = _settings()
+    configure("warning", "console")
+    earliest = None if since is None else since.replace(tzinfo=UTC).timestamp()
+    asyncio.run(_export(settings, out, Wanted(None if all_tenants else tenant, earliest)))
 
 
 @app.command("activate")
@@ -218,6 +242,36 @@ async def _import(settings: Settings, file: Path, tenant: str) -> None:
             raise ServeError(
                 f"{file} was not imported whole ({error}): import it again, nothing is kept twice"
             ) from error
+
+
+async def _export(settings: Settings, out: Path, wanted: Wanted) -> None:
+    async with AsyncExitStack() as stack:
+        try:
+            bundle = await asyncio.to_thread(Bundle.load_current, settings.bundles)
+            url = settings.redis_url
+            if url is None:
+                server = EmbeddedRedis(settings.data_dir)
+                url = await server.start()
+                stack.push_async_callback(server.stop)
+            redis = connect(url, timeout_s=_IMPORT_TIMEOUT_S, max_connections=4)
+            stack.push_async_callback(redis.aclose)
+            num_keys = await redis.dbsize()
+            with Progress(console=console) as progress:
+                task = progress.add_task("export", total=num_keys)
+                exported = await export(redis, bundle, out, wanted, lambda keys: progress.advance(task, keys))
+                progress.update(task, completed=num_keys)
+        except ExportError as error:
+            raise ServeError(str(error)) from error
+        except (
+            *(BundleError, EmbeddedRedisError, HistoryUnavailableError, ItemStoreError, RedisError, OSError),
+        ) as error:
+            raise ServeError(f"nothing was written to {out} ({error}): try again") from error
+    told = [f"{out}: {exported.users:,} users, {exported.events:,} events, {exported.items:,} items"]
+    if exported.answers:
+        told.append(f"served.csv: {exported.answers:,} answers, {exported.shown_items:,} items shown")
+    told += [f"left out: {number:,} {what}" for what, number in exported.left_out.items()]
+    for line in told:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _read_histories(file: Path) -> Iterator[tuple[str, list[HistoryEntry]]]:

@@ -12,3 +12,7 @@ class EventType(StrEnum):
     LIKE = "like"
     DISLIKE = "dislike"
     HIDE = "hide"
+
+
+IN_HISTORY = frozenset({EventType.CLICK, EventType.PURCHASE, EventType.LIKE})
+"""What enters a history, and so moves a prompt."""

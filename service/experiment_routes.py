@@ -3,14 +3,16 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, Field
 
 from service.access import StrictRoute
 from service.errors import BadRequestProblem, ConflictProblem, FieldError, NotFoundProblem, UnavailableProblem
-from service.experiments.config import Experiment, ExperimentsConfig, ExperimentsConfigError
+from service.experiments.config import Experiment, ExperimentsConfigError
 from service.experiments.exposures import ExposuresUnavailableError
 from service.experiments.report import ExperimentReport
 from service.experiments.runtime import ExperimentsFileError, UnknownExperimentError
 from service.routes import PROBLEMS, StateDep, administers
+from service.state import State
 
 router = APIRouter(
     route_class=StrictRoute,
@@ -21,10 +23,31 @@ router = APIRouter(
 )
 
 
+class ExperimentResponse(Experiment):
+    """An experiment, and whether it is in force on the replica that answers."""
+
+    waiting_for: str | None = Field(
+        None, description="why nobody is assigned to it here, though it runs; null where it is in force, or stopped"
+    )
+
+
+class LayerResponse(BaseModel):
+    """A layer and its experiments."""
+
+    name: str
+    experiments: list[ExperimentResponse]
+
+
+class ExperimentsResponse(BaseModel):
+    """Every layer."""
+
+    layers: list[LayerResponse]
+
+
 @router.get("")
-async def experiments(state: StateDep) -> ExperimentsConfig:
-    """Every layer and experiment in force."""
-    return state.experiments.config
+async def experiments(state: StateDep) -> ExperimentsResponse:
+    """Every layer and experiment, and what those wait for that run and are not in force here."""
+    return _as_they_are(state)
 
 
 @router.get("/{name}/report")
@@ -41,7 +64,7 @@ async def report(name: str, state: StateDep) -> ExperimentReport:
 @router.put("/{name}")
 async def put_experiment(
     name: str, body: Experiment, state: StateDep, layer: Annotated[str, Query(min_length=1, max_length=64)] = "default"
-) -> ExperimentsConfig:
+) -> ExperimentsResponse:
     """Add an experiment to a layer, or change it so far as nobody in it leaves it or changes variant."""
     if body.name != name:
         raise BadRequestProblem(
@@ -57,7 +80,7 @@ async def put_experiment(
         raise ConflictProblem(str(error)) from error
     except ExposuresUnavailableError as error:
         raise UnavailableProblem(f"experiments cannot be changed ({error}); nothing was") from error
-    return state.experiments.config
+    return _as_they_are(state)
 
 
 @router.delete("/{name}", status_code=204)
@@ -71,3 +94,18 @@ async def remove_experiment(name: str, state: StateDep) -> None:
         raise ConflictProblem(str(error)) from error
     except ExposuresUnavailableError as error:
         raise UnavailableProblem(f"experiments cannot be changed ({error}); nothing was") from error
+
+
+def _as_they_are(state: State) -> ExperimentsResponse:
+    waiting = state.experiments.waiting
+    return ExperimentsResponse(
+        layers=[
+            LayerResponse(
+                name=layer.name,
+                experiments=[
+                    ExperimentResponse(**dict(one), waiting_for=waiting.get(one.name)) for one in layer.experiments
+                ],
+            )
+            for layer in state.experiments.config.layers
+        ]
+    )

@@ -37,6 +37,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import DataError, NoScriptError, RedisError, ResponseError
 
 from service.event_types import EventType as EventType  # noqa: PLC0414 - a word of this module's too
+from service.last_known import Hidden
 from service.redis_keys import DEFAULT_NAMESPACE, UserKeys, user_keys
 
 _IMPORT_CALL_EVENTS = 1_000
@@ -104,7 +105,7 @@ _EFFECTS = {
 }
 
 _RECORD = """
--- KEYS  history, seen, excluded, event ids, import ids, meta: of one user
+-- KEYS  history, seen, excluded, event ids, import ids, meta, and others that are not touched: of one user
 -- ARGV  max_stored, max_event_ids, ttl_s (0: none), number of the key with the ids of this call;
 --       then for each event: id, effect, type, item, timestamp
 -- Returns for each event 1 (new) or 0 (its id is known, or it has none: its effect is idempotent anyway).
@@ -153,8 +154,8 @@ if #effective > 0 then
   redis.call('ZREMRANGEBYRANK', history, 0, -max_stored - 1)
   redis.call('ZREMRANGEBYRANK', known_ids, 0, -max_event_ids - 1)
 end
-for _, key in ipairs(KEYS) do
-  if ttl_s > 0 then redis.call('EXPIRE', key, ttl_s) else redis.call('PERSIST', key) end
+for i = 1, 6 do  -- the keys after them have lives of their own
+  if ttl_s > 0 then redis.call('EXPIRE', KEYS[i], ttl_s) else redis.call('PERSIST', KEYS[i]) end
 end
 return replies
 """
@@ -169,6 +170,10 @@ return cjson.encode({
   redis.call('SMEMBERS', KEYS[2]),
   redis.call('SMEMBERS', KEYS[3])
 })
+"""
+_SINCE = """
+-- KEYS  history; ARGV  the earliest timestamp. Returns JSON as above: [entry, timestamp, entry, ...], or {} for none.
+return cjson.encode(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf', 'WITHSCORES'))
 """
 # A script, not MULTI: when memory is out Redis 6.2 refuses even reads in a transaction, and a user must stay readable.
 # JSON: redis-py parses a reply string by string, which for 1,000 entries and 1,000 seen items took 12 ms of the event
@@ -254,6 +259,10 @@ class Histories:
         with _typed_failure():
             scored = await self._redis.zrange(self._keys(user_id).history, -self._max_stored, -1, withscores=True)
         return _entries(scored)
+
+    def last_known(self, user_id: str) -> Hidden:
+        """What this process remembers of the user's seen and excluded items, for when Redis cannot be asked."""
+        return Hidden()
 
     async def erase(self, user_id: str) -> int:
         """Forget the user: every key goes. Returns how many there were."""
@@ -346,6 +355,19 @@ class Histories:
                 pipeline.evalsha(sha, len(names), *names, *call.args)
             replies: list[Any] = await pipeline.execute(raise_on_error=False)
         return replies
+
+
+async def read_histories(
+    redis: Redis, users: Sequence[tuple[str, str]], since: float | None = None
+) -> list[list[HistoryEntry]]:
+    """The whole stored histories of (namespace, user) pairs, oldest first, from `since` on; one round trip."""
+    with _typed_failure():
+        async with redis.pipeline(transaction=False) as pipeline:
+            for namespace, user_id in users:
+                key = user_keys(user_id, namespace).history
+                pipeline.eval(_SINCE, 1, key, "-inf" if since is None else repr(float(since)))
+            replies = [json.loads(reply) for reply in await pipeline.execute()]
+    return [_entries(zip(flat[::2], flat[1::2], strict=True) if flat else ()) for flat in replies]
 
 
 def connect(url: str, *, timeout_s: float, max_connections: int) -> Redis:

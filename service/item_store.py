@@ -23,9 +23,31 @@ _BATCH = 1_000
 
 _CHANGE = """
 -- KEYS  items, meta, changes: of the catalogue
--- ARGV  item, what is put (empty: it is deleted), the caller's epoch, 1 if the caller knows the item, stream length
--- Returns the change's epoch, or 0 if there is nothing to delete.
+-- ARGV  item, what is put (empty: it is deleted), the caller's epoch, 1 if the caller knows the item, stream length,
+--       where the SID was assigned: the epoch at which it was free, and how the body of whoever has it now would say so
+-- Returns the change's epoch, 0 if there is nothing to delete, or minus the present epoch if the SID was taken since.
 local item, body, epoch = ARGV[1], ARGV[2], tonumber(ARGV[3])
+
+local function is_taken_since(free_at, needle)
+  local newest, first = '+', 0
+  while true do
+    local entries = redis.call('XREVRANGE', KEYS[3], newest, '-', 'COUNT', 100)
+    for _, entry in ipairs(entries) do
+      local fields = {}
+      for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+      first = tonumber(string.match(fields['change'], '^%d+'))
+      if first <= free_at then return false end
+      if fields['item'] ~= item and string.find(fields['change'], needle, 1, true) then return true end
+      newest = '(' .. entry[1]
+    end
+    if #entries < 100 then return first == 0 or first > free_at + 1 end  -- what was trimmed may have taken it
+  end
+end
+
+if ARGV[6] ~= '' then
+  local present = tonumber(redis.call('HGET', KEYS[2], 'epoch') or 0)
+  if present > tonumber(ARGV[6]) and is_taken_since(tonumber(ARGV[6]), ARGV[7]) then return -present end
+end
 local before = redis.call('HGET', KEYS[1], item)
 local arrival, body_before
 if before then arrival, body_before = string.match(before, '^%d+:(%d+):(.*)$') end
@@ -52,6 +74,15 @@ return cjson.encode({
 
 class ItemStoreError(Exception):
     """Redis did not answer, or refused; the text names only the kind of failure."""
+
+
+class SidTakenError(Exception):
+    """The SID that was free at the epoch that it was chosen at is not any more."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(f"another item has taken the SID by epoch {epoch}")
+        self.epoch = epoch
+        """A catalogue of this epoch knows who has it."""
 
 
 class ItemPut(BaseModel):
@@ -97,9 +128,15 @@ class ItemStore:
         self._keys = catalog_keys(namespace)
         self._block_ms = max(1, round(500 * timeout_s))  # an answer comes well within the connection's time-out
 
-    async def put(self, item_id: str, put: ItemPut, *, epoch: int) -> int:
-        """Store what an item became; the change's epoch, beyond the caller's own."""
-        return await self._change(item_id, put.model_dump_json(), epoch, is_known=True)
+    async def put(self, item_id: str, put: ItemPut, *, epoch: int, free_at: int | None = None) -> int:
+        """Store what an item became; the change's epoch, beyond the caller's own.
+
+        With `free_at`, the epoch at which nobody had its SID: `SidTakenError` if anybody was given it since.
+        """
+        stored = await self._change(item_id, put.model_dump_json(), epoch, is_known=True, free_at=free_at, put=put)
+        if stored < 0:
+            raise SidTakenError(-stored)
+        return stored
 
     async def delete(self, item_id: str, *, epoch: int, is_known: bool) -> int | None:
         """Store that an item is gone; None if it was deleted already, or is neither stored nor known to the caller."""
@@ -112,6 +149,11 @@ class ItemStore:
         epoch, position, flat = json.loads(reply)
         pairs = zip(flat[::2], flat[1::2], strict=True) if flat else ()
         return Snapshot(int(epoch), position, [_parsed(item_id, change) for item_id, change in pairs])
+
+    async def epoch(self) -> int:
+        """The epoch of the latest change; 0 before the first."""
+        with _typed_failure():
+            return int(await self._redis.hget(self._keys.meta, "epoch") or 0)
 
     async def changes_after(self, position: str) -> tuple[list[ItemChange], str]:
         """The stream from a position on, and the next position; waits a moment if there is nothing new."""
@@ -139,13 +181,28 @@ class ItemStore:
             found = await self._redis.hmget(self._keys.sids(bundle_id), [str(epoch) for epoch in epochs])
         return {epoch: tuple(json.loads(codes)) for epoch, codes in zip(epochs, found, strict=True) if codes}
 
-    async def _change(self, item_id: str, body: str, epoch: int, *, is_known: bool) -> int:
-        args = (item_id, body, str(epoch), str(int(is_known)), str(_STREAM_LENGTH))
+    async def _change(
+        self,
+        item_id: str,
+        body: str,
+        epoch: int,
+        *,
+        is_known: bool,
+        free_at: int | None = None,
+        put: ItemPut | None = None,
+    ) -> int:
+        claim = ("", "") if free_at is None or put is None else (str(free_at), _claim_on(put))
+        args = (item_id, body, str(epoch), str(int(is_known)), str(_STREAM_LENGTH), *claim)
         with _typed_failure():
             return int(await self._redis.eval(_CHANGE, 3, *self._names(), *args))
 
     def _names(self) -> tuple[str, str, str]:
         return self._keys.items, self._keys.meta, self._keys.changes
+
+
+def _claim_on(put: ItemPut) -> str:
+    """What the JSON of every put with this SID holds, and no other: within a text the quotes would be escaped."""
+    return f'"codes":{json.dumps(list(put.codes), separators=(",", ":"))},"bundle":{json.dumps(put.bundle)},'
 
 
 def _parsed(item_id: str, change: str) -> ItemChange:

@@ -13,9 +13,12 @@ from semantic_ids.bundle import Bundle
 from semantic_ids.catalog_changes import CatalogItem
 from service.deployments import Deployments, EpochNotServedError
 from service.engine.batching import Batcher
+from service.item_store import SidTakenError
 from service.live_catalog import LiveCatalog, NewItem, SidsUnavailableError, sids_for
 
 _MAX_BATCH = 64
+_MAX_ATTEMPTS = 8
+"""To place items while other replicas place theirs: of those that meet, one succeeds each time."""
 _WAIT_S = 10.0
 """For an epoch to be served: at a million items it takes some tenths of a second, if the machine is not overloaded."""
 
@@ -96,7 +99,7 @@ class Items:
 
     async def delete(self, item_id: str) -> int:
         """Never recommend an item again, from now on; the epoch without it. `UnknownItemError`, `ItemStoreError`."""
-        is_known = self._bundle.catalog.rank_of(item_id) is not None
+        is_known = any(one.bundle.catalog.rank_of(item_id) is not None for one in self._deployments.served)
         epoch = await self._live.delete(item_id, is_known=is_known)
         if epoch is None:
             raise UnknownItemError(f"the catalogue has no item {item_id!r}")
@@ -115,31 +118,49 @@ class Items:
         rank = catalog.rank_of(item_id)
         return None if rank is None else tuple(catalog.codes[rank].tolist())
 
-    async def _store(self, bundle: Bundle, item: CatalogItem) -> LiveItem:
-        epoch = await self._live.put(bundle, item)
+    async def _store(self, bundle: Bundle, item: CatalogItem, *, is_assigned: bool = False) -> LiveItem:
+        epoch = await self._live.put(bundle, item, is_assigned=is_assigned)
         return LiveItem(item.item_id, item.title, item.categories, bundle.catalog.space.format(item.codes), epoch)
 
     async def _place(self, items: Sequence[_Unplaced]) -> list[LiveItem | Exception]:
         """SIDs for what waits, all stored, then served: the next ones see which SIDs are taken."""
-        bundle = self._bundle
         distinct = {item.item_id: item for item in items}  # put twice at once: the later one counts
-        try:
-            codes = await asyncio.to_thread(
-                sids_for, bundle, [NewItem(item.title, item.categories) for item in distinct.values()]
-            )
-        except SidsUnavailableError as error:
-            return [error] * len(items)
         stored: dict[str, LiveItem | Exception] = {}
-        for item, one in zip(distinct.values(), codes, strict=True):
+        waiting = list(distinct)
+        for _ in range(_MAX_ATTEMPTS):
+            stored |= await self._placed([distinct[item_id] for item_id in waiting])
+            # What others have taken is seen in the epoch that holds it.
+            last = max((_epoch_of(one) for one in stored.values()), default=0)
             try:
-                stored[item.item_id] = await self._store(
-                    bundle, CatalogItem(item.item_id, item.title, item.categories, one)
-                )
+                await self._deployments.until_served(last, _WAIT_S)
+            except EpochNotServedError as error:
+                stored |= dict.fromkeys((name for name, one in stored.items() if _epoch_of(one)), error)
+                break
+            waiting = [item_id for item_id, one in stored.items() if isinstance(one, SidTakenError)]
+            if not waiting:
+                break
+        crowded = SidsUnavailableError(f"others took the SIDs {_MAX_ATTEMPTS} times; send the request again")
+        return [crowded if isinstance(one := stored[item.item_id], SidTakenError) else one for item in items]
+
+    async def _placed(self, items: Sequence[_Unplaced]) -> dict[str, LiveItem | Exception]:
+        """Each stored under a SID that was free, or why not."""
+        bundle = self._bundle
+        try:
+            codes = await asyncio.to_thread(sids_for, bundle, [NewItem(item.title, item.categories) for item in items])
+        except SidsUnavailableError as error:
+            return dict.fromkeys((item.item_id for item in items), error)
+        stored: dict[str, LiveItem | Exception] = {}
+        for item, one in zip(items, codes, strict=True):
+            put = CatalogItem(item.item_id, item.title, item.categories, one)
+            try:
+                stored[item.item_id] = await self._store(bundle, put, is_assigned=True)
             except Exception as error:  # its caller is told; the others go on
                 stored[item.item_id] = error
-        last = max((one.catalog_epoch for one in stored.values() if isinstance(one, LiveItem)), default=0)
-        try:
-            await self._deployments.until_served(last, _WAIT_S)
-        except EpochNotServedError as error:
-            return [error if isinstance(stored[item.item_id], LiveItem) else stored[item.item_id] for item in items]
-        return [stored[item.item_id] for item in items]
+        return stored
+
+
+def _epoch_of(stored: LiveItem | Exception) -> int:
+    """The epoch that shows what came of a put; 0 if none does."""
+    if isinstance(stored, LiveItem):
+        return stored.catalog_epoch
+    return stored.epoch if isinstance(stored, SidTakenError) else 0

@@ -19,11 +19,13 @@ from dataclasses import dataclass, replace
 import structlog
 
 from semantic_ids.bundle import Bundle
+from semantic_ids.catalog import Catalog
 from semantic_ids.catalog_changes import CatalogItem, ItemChanges, translated
 from semantic_ids.codes import SidError
 from semantic_ids.text_encoder import TextEncoderError, item_text
 from service.encoding import encode_texts
 from service.item_store import ItemChange, ItemPut, ItemStore
+from service.merged_catalogs import MergedCatalogs
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -47,8 +49,9 @@ class NewItem:
 class LiveCatalog:
     """The changes that this process knows."""
 
-    def __init__(self, store: ItemStore, metrics: Metrics) -> None:
+    def __init__(self, store: ItemStore, metrics: Metrics, merged: MergedCatalogs | None = None) -> None:
         self._store = store
+        self._merged = merged
         self._metrics = metrics
         self._changes: dict[str, ItemChange] = {}
         self._position: str | None = None  # in the stream; None: read everything first
@@ -69,9 +72,18 @@ class LiveCatalog:
             for change in snapshot.changes:
                 self._note(change)
             self.epoch = snapshot.epoch
+            if self._merged is not None:
+                self._merged.doubt()
             self.moved.set()
         self._position = snapshot.position
         self.is_loaded = True
+
+    async def catch_up(self) -> bool:
+        """Read everything if anything has changed, for who does not follow; whether it has. `ItemStoreError`."""
+        if self.is_loaded and await self._store.epoch() == self.epoch:
+            return False
+        await self.load()
+        return True
 
     async def follow(self) -> None:
         """Hear every change; while Redis is away, what is known is served on."""
@@ -98,8 +110,12 @@ class LiveCatalog:
         """No catalogue of an earlier epoch is served any more."""
         self._deleted = {item_id: at for item_id, at in self._deleted.items() if at > epoch}
 
-    async def put(self, bundle: Bundle, item: CatalogItem) -> int:
-        """Store an item for a bundle; the change's epoch. `CatalogError` if it cannot hold it, `ItemStoreError`."""
+    async def put(self, bundle: Bundle, item: CatalogItem, *, is_assigned: bool = False) -> int:
+        """Store an item for a bundle; the change's epoch. `CatalogError` if it cannot hold it, `ItemStoreError`.
+
+        A SID that was assigned is one that nobody has in this epoch of the bundle: `SidTakenError` if somebody has got
+        it since.
+        """
         bundle.catalog.check_item(item)
         put = ItemPut(
             title=item.title,
@@ -108,7 +124,8 @@ class LiveCatalog:
             bundle=bundle.bundle_id,
             at=time.time(),
         )
-        epoch = await self._store.put(item.item_id, put, epoch=self.epoch)
+        free_at = bundle.catalog.epoch if is_assigned else None
+        epoch = await self._store.put(item.item_id, put, epoch=self.epoch, free_at=free_at)
         self._metrics.catalog_changes.labels("put").inc()
         return epoch
 
@@ -126,14 +143,19 @@ class LiveCatalog:
 
         `CatalogError` if nothing would be left, `ItemStoreError` if replicas cannot agree on a SID.
         """
-        epoch, changes = self.epoch, list(self._changes.values())
-        if epoch == 0:
+        if self.epoch == 0:
             return base
         started_at = time.perf_counter()
-        foreign = [one for one in changes if one.put is not None and one.put.bundle != base.bundle_id]
+        epoch, changes = self.epoch, dict(self._changes)
+        merged = None if self._merged is None else await self._merged.latest(base, changes, epoch)
+        origin = base.catalog if merged is None else merged.catalog
+        later = [one for one in changes.values() if one.epoch > origin.epoch]
+        foreign = [one for one in later if one.put is not None and one.put.bundle != base.bundle_id]
         sids = await self._foreign_sids(base, foreign) if foreign else {}
-        bundle = await asyncio.to_thread(_with_changes, base, epoch, changes, sids)
+        bundle, is_whole = await asyncio.to_thread(_with_changes, base, origin, epoch, later, sids)
         self._metrics.catalog_build_seconds.observe(time.perf_counter() - started_at)
+        if self._merged is not None and is_whole:
+            self._merged.offer(base, bundle.catalog, changes, len(later))
         return bundle
 
     async def _hear(self) -> None:
@@ -193,29 +215,51 @@ def sids_for(bundle: Bundle, items: Sequence[NewItem]) -> list[tuple[int, ...]]:
     return [tuple(row) for row in codes.tolist()]
 
 
+def holds_in(base: Bundle, item_id: str, put: ItemPut) -> bool:
+    """Whether a put is in force in a bundle: in one that was made later and has the item, it is the bundle's affair."""
+    is_newer = put.bundle == base.bundle_id or put.at > base.manifest.created_at.timestamp()
+    return is_newer or base.catalog.rank_of(item_id) is None
+
+
 def _with_changes(
-    base: Bundle, epoch: int, changes: Sequence[ItemChange], foreign_sids: dict[int, tuple[int, ...]]
-) -> Bundle:
-    items = [
-        CatalogItem(change.item_id, change.put.title, change.put.categories, codes)
-        for change in sorted(changes, key=lambda change: change.arrival)
-        if change.put is not None and (codes := _codes(base, change, change.put, foreign_sids)) is not None
-    ]
-    deleted = frozenset(change.item_id for change in changes if change.put is None)
-    catalog = base.catalog.with_changes(ItemChanges(tuple(items), deleted, epoch))
+    base: Bundle,
+    origin: Catalog,
+    epoch: int,
+    later: Sequence[ItemChange],
+    foreign_sids: dict[int, tuple[int, ...]],
+) -> tuple[Bundle, bool]:
+    """`origin`, the catalogue as published or a merged one of it, with what changed since.
+
+    And whether all has its final form: an item that cannot get a SID now may get one later.
+    """
+    items, deleted, num_without = [], set(), 0
+    for change in sorted(later, key=lambda change: change.arrival):
+        if change.put is None:
+            deleted.add(change.item_id)
+        elif (item := _item(base, change, change.put, foreign_sids)) is not None:
+            items.append(item)
+        else:
+            deleted.add(change.item_id)
+            num_without += 1
+    catalog = origin.with_changes(ItemChanges(tuple(items), frozenset(deleted), epoch))
     _ = catalog.by_popularity  # made here, in a thread: a fallback reads it on the event loop
-    return replace(base, catalog=catalog, neighbours=translated(base.neighbours, catalog.rank_map))
+    bundle = replace(base, catalog=catalog, neighbours=translated(base.neighbours, catalog.translation))
+    return bundle, num_without == 0
 
 
-def _codes(
+def _item(
     base: Bundle, change: ItemChange, put: ItemPut, foreign_sids: dict[int, tuple[int, ...]]
-) -> tuple[int, ...] | None:
-    """The item's codes in `base`; None where the change does not hold there."""
+) -> CatalogItem | None:
+    """The item as it is in `base` after the change; None where it cannot be there for want of a SID."""
+    catalog, item_id = base.catalog, change.item_id
+    codes: tuple[int, ...] | None
     if put.bundle == base.bundle_id:
-        return put.codes
-    rank = base.catalog.rank_of(change.item_id)
-    if rank is None:
-        return foreign_sids.get(change.epoch)
-    if put.at <= base.manifest.created_at.timestamp():
-        return None
-    return tuple(base.catalog.codes[rank].tolist())
+        codes = put.codes
+    elif (rank := catalog.rank_of(item_id)) is None:
+        codes = foreign_sids.get(change.epoch)
+    else:
+        codes = tuple(catalog.codes[rank].tolist())
+        if not holds_in(base, item_id, put):  # as published, whatever an earlier change made of it
+            title, categories = catalog.titles[rank], tuple(catalog.categories_of(rank))
+            return CatalogItem(item_id, title, categories, codes, arrival=change.arrival)
+    return None if codes is None else CatalogItem(item_id, put.title, put.categories, codes, arrival=change.arrival)

@@ -1,5 +1,7 @@
 """Every Prometheus metric of the service, by name and meaning; no other module creates one."""
 
+from collections.abc import Collection
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -113,10 +115,49 @@ class Metrics:
         self.engine_thoughts = Counter(
             "sidrec_engine_thoughts", "Thoughts by what ended them.", ("end",), registry=self.registry
         )
+        self.rationale_cuts = Counter(
+            "sidrec_rationale_cuts",
+            "Sentences cut from rationales, by what they named that they may not.",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.thought_cache = Counter(
+            "sidrec_thought_cache",
+            "Thoughts looked up (hit, miss), kept (write, or moved: the history had) and failures of either.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.think_ahead = Counter(
+            "sidrec_think_ahead",
+            "Users that a worker was to think for: asked, known (asked already, or erased) or dropped.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.exposures_dropped = Counter(
             "sidrec_exposures_dropped", "Exposures and outcomes of experiments that were lost.", registry=self.registry
         )
+        self.served_log_dropped = Counter(
+            "sidrec_served_log_dropped", "Answers and outcomes missing in the log.", registry=self.registry
+        )
+        self.experiment_waits = Gauge(
+            "sidrec_experiment_waits",
+            "1 for each running experiment that is not in force here.",
+            ("experiment",),
+            registry=self.registry,
+        )
+        self.reranks = Counter(
+            "sidrec_reranks",
+            "Answers that an experiment wants re-ranked after a thought, by whether they were.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.bundle = Gauge("sidrec_bundle", "1 for the bundle being served.", ("bundle",), registry=self.registry)
+        self.bundle_beside = Gauge(
+            "sidrec_bundle_beside",
+            "1 for each bundle served beside it, for an experiment.",
+            ("bundle",),
+            registry=self.registry,
+        )
         self.activations = Counter(
             "sidrec_bundle_activations",
             "Bundles that were to be served, by outcome.",
@@ -133,6 +174,12 @@ class Metrics:
             buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
         )
+
+    def experiments_wait(self, names: Collection[str]) -> None:
+        """These running experiments are not in force, and all others are."""
+        self.experiment_waits.clear()
+        for name in names:
+            self.experiment_waits.labels(name).set(1)
 
     def count_beam_work(self, steps: int, beams: int, closed_beams: int, masked_share: float) -> None:
         """Add what one search did."""

@@ -3,18 +3,20 @@
 history (Redis or inline) → prompt → engine: perhaps a thought, then, under the trie and the request's filter, items
                                └─ too late, no engine, nobody known → fallback, under the same filter
 
+Where an experiment wants it, what a plain beam has retrieved is ordered anew: the engine thinks, and then scores it.
+
 A thought gets what the deadline leaves beside the rest of the engine's work, so it is cut before the answer is late.
+One that was thought before for the same prompt (`thoughts`) is taken instead. What of it is shown is `rationale`'s.
 """
 
 import asyncio
 import copy
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import structlog
@@ -23,10 +25,11 @@ from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.exploration import Exploration, ExplorationError, refuse_both
 from semantic_ids.diversity import mmr
 from semantic_ids.filters import FilterCompiler, ItemFilter
-from semantic_ids.prompt import PromptRenderer
+from semantic_ids.trie import Ranks
 from service import tracing
 from service.admission import EngineLine, Place
 from service.breaker import Breaker, BreakerOpenError
+from service.catalog_titles import CatalogTitles
 from service.engine.base import (
     DecodeRequest,
     DecodeResult,
@@ -38,15 +41,13 @@ from service.engine.base import (
     sid_program,
 )
 from service.errors import BadRequestProblem, FieldError
-from service.experiments.assignment import Assignment, merged_overrides
-from service.experiments.config import VariantOverrides
-from service.experiments.exposures import Exposure
-from service.experiments.runtime import Experiments, unit_of
+from service.experiments.runtime import Experiments
+from service.experiments.treatment import UNTREATED, Treatment
 from service.fallback import CACHE, AnswerCache, Asked, PopularByCategory, cache_key, fallback_items
 from service.histories import Histories
 from service.metrics import Metrics
+from service.rationale import Rationale, TextListener
 from service.schemas import (
-    ExperimentInfo,
     Reason,
     RecommendedItem,
     RecommendRequest,
@@ -58,6 +59,8 @@ from service.schemas import (
     UserRequest,
     Versions,
 )
+from service.served_log import ServedLog
+from service.thoughts import CachedThought, ThoughtQuestion, Thoughts, prompt_after
 from service.user_context import UserContext, UserContexts
 
 log = structlog.get_logger(__name__)
@@ -67,12 +70,11 @@ _ANSWER_SHARE, _ANSWER_MOST_S = 0.04, 0.02
 
 _ULID_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 
-_POOL, _MAX_POOL = 3, 500  # candidates of diversity, for each item that is shown
+_POOL, _MAX_POOL = 3, 500  # candidates of diversity and of re-ranking, for each item that is shown
+
+_THOUGHT_CACHE_MOST_S = 0.25  # a thought that Redis gives later than this is not worth the wait
 
 T = TypeVar("T")
-
-TextListener: TypeAlias = Callable[[str], None]
-"""Called on the event loop with the new text of a thought, as it comes."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Recommender:
         experiments: Experiments | None = None,
         answers: AnswerCache | None = None,
         breaker: Breaker | None = None,
+        served: ServedLog | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
         self._histories = histories
         self._engine = engine
@@ -114,6 +118,11 @@ class Recommender:
         self._thinking_limits = thinking_limits or ThinkingLimits()
         self._deleted_since = deleted_since
         self._experiments = experiments
+        self._served = served
+        self._thoughts = thoughts
+        self._titles = CatalogTitles(bundle.catalog)
+        if bundle.renderer.thinking is not None:  # 3 s in a thread at a million items: over before the first rationale
+            self._titles.prepare()
         self._reserve = _Reserve()
         self._line = EngineLine(metrics)
         self._answers = AnswerCache() if answers is None else answers
@@ -131,28 +140,37 @@ class Recommender:
         self._catalog = bundle.catalog
         self._filters = FilterCompiler(bundle.catalog)
         self._popular_in = PopularByCategory(bundle)
+        self._titles = self._titles.at(bundle.catalog)
         self._contexts = UserContexts(self._histories, bundle.catalog, bundle.renderer, self._metrics)
         self._versions = Versions(
             bundle=bundle.bundle_id, catalog_epoch=bundle.catalog.epoch, prompt=bundle.manifest.prompt.version
         )
 
     async def recommend(
-        self, request: RecommendRequest, tenant: str, on_thought: TextListener | None = None
+        self,
+        request: RecommendRequest,
+        tenant: str,
+        on_thought: TextListener | None = None,
+        treatment: Treatment = UNTREATED,
     ) -> RecommendResponse:
         """At most `num_items` eligible items, best first; never an item outside catalogue, filter and unseen.
 
-        `on_thought` hears the thought as it is written; the pieces together are its rationale.
+        `on_thought` hears the thought as it is written; the pieces together are its rationale. `treatment` is what
+        experiments make of the request; the bundle that it names is the caller's affair.
         """
         _refuse_unsupported(request, self._bundle)
-        variant = self._variant(request, tenant)
-        request = variant.applied_to(request, can_think=self._bundle.renderer.thinking is not None)
-        call = _Call(request, on_thought)
+        request = treatment.applied_to(request)
+        call = _Call(request, tenant, on_thought, reranks=treatment.overrides.rerank is True)
         with self._place_in_line(call):
-            answer = await self._recommend(request, tenant, call, variant)
-        return self._exposed(answer, tenant, variant)
+            answer = await self._recommend(request, tenant, call, treatment)
+        if self._experiments is not None:
+            answer = self._experiments.exposed(answer, tenant, treatment)
+        if self._served is not None:
+            self._served.answered(answer, tenant)
+        return answer
 
     async def _recommend(
-        self, request: RecommendRequest, tenant: str, call: "_Call", variant: "_Variant"
+        self, request: RecommendRequest, tenant: str, call: "_Call", treatment: Treatment
     ) -> RecommendResponse:
         context = await call.timed("history", self._contexts.load(request, tenant, call.left_s()))
         deny = context.excluded | (context.seen if request.exclude_seen else frozenset())
@@ -162,25 +180,37 @@ class Recommender:
         if wanted == 0:
             decoded = Decoded(None, "filter_matches_nothing")
         else:
-            # Diversity chooses among more than are shown.
-            pool = min(_MAX_POOL, _POOL * request.num_items) if request.diversity else request.num_items
+            overrides = treatment.overrides
+            # Diversity and re-ranking choose among more than are shown.
+            chooses = request.diversity > 0 or overrides.rerank is True
+            pool = min(_MAX_POOL, _POOL * request.num_items) if chooses else request.num_items
             exploration = Exploration.of_request(request.exploration, wanted, secrets.randbits(64))
-            decoded = await self._decode(call, context, item_filter, pool, exploration, variant.overrides.beam_width)
+            decoded = await self._decode(call, context, item_filter, pool, exploration, overrides.beam_width)
             decoded = _repaired(decoded, item_filter, wanted)
+            if overrides.rerank and decoded.result is not None:
+                reordered = await self._reordered(call, context, decoded.result.ranks[:pool])
+                decoded = decoded if reordered is None else replace(decoded, result=reordered)
             self._remember(request, tenant, context, decoded)
         items = self._items(decoded, context, item_filter, wanted, request.diversity)
         items += self._fallback(request, tenant, context, item_filter, wanted, items)
+        rationale = await self._rationale(call, decoded, [item.item_id for item in items])
         answer = self._answer(call, context, decoded, endpoint="recommend", source=_source_of(items))
-        return RecommendResponse(**answer, items=items)
+        return RecommendResponse(**answer, items=items, rationale=rationale)
 
     async def rerank(
-        self, request: RerankRequest, tenant: str, on_thought: TextListener | None = None
+        self,
+        request: RerankRequest,
+        tenant: str,
+        on_thought: TextListener | None = None,
+        treatment: Treatment = UNTREATED,
     ) -> RerankResponse:
         """Every candidate once, by the same score as `recommend` gives it; unknown ones last in the order given."""
         _refuse_unsupported(request, self._bundle)
-        call = _Call(request, on_thought)
+        request = treatment.applied_to(request)
+        call = _Call(request, tenant, on_thought)
         with self._place_in_line(call):
-            return await self._rerank(request, tenant, call)
+            answer = await self._rerank(request, tenant, call)
+        return answer if self._experiments is None else self._experiments.exposed(answer, tenant, treatment)
 
     async def _rerank(self, request: RerankRequest, tenant: str, call: "_Call") -> RerankResponse:
         context = await call.timed("history", self._contexts.load(request, tenant, call.left_s()))
@@ -209,7 +239,9 @@ class Recommender:
             RerankedItem(item_id=item_id, rank=place, score=None, known=False)
             for place, item_id in enumerate(unknown, start=len(items) + 1)
         ]
-        return RerankResponse(**self._answer(call, context, decoded, endpoint="rerank"), items=items)
+        rationale = await self._rationale(call, decoded, [item.item_id for item in items])
+        answer = self._answer(call, context, decoded, endpoint="rerank")
+        return RerankResponse(**answer, items=items, rationale=rationale)
 
     async def _decode(
         self,
@@ -226,8 +258,18 @@ class Recommender:
         if len(context.history) == 0:
             return Decoded(None, "cold_start")
         think = self._think(call)
+        question = self._thought_question(call, context)
+        cached = await self._cached_thought(call, question)
+        if cached is not None and question is not None:
+            think, prompt = None, prompt_after(question, cached)
+        else:
+            prompt = self._contexts.prompt(context, thinking=think is not None)
+        if (think is not None or cached is not None) and (call.request.include_rationale or call.on_thought):
+            call.rationale = Rationale(self._bundle, self._titles, context.history, self._metrics, call.on_thought)
+            if cached is not None:
+                call.rationale(cached.token_ids)
         decode_request = DecodeRequest(
-            prompt=self._contexts.prompt(context, thinking=think is not None),
+            prompt=prompt,
             item_filter=item_filter,
             width=max(beam_width or self._beam_width, num_items),
             program=self._program(think),
@@ -238,8 +280,8 @@ class Recommender:
         try:
             with self._breaker.attempt(lambda error: self._is_failure(error, call.place)):
                 async with asyncio.timeout(left_s):
-                    work = self._engine.decode(decode_request, self._token_listener(call))
-                    result = await call.timed("decode", work)
+                    work = self._engine.decode(decode_request, self._token_listener(call, think))
+                    result = await call.timed(call.stage, work)
         except BreakerOpenError:
             return Decoded(None, "engine_unavailable")
         except TimeoutError:
@@ -251,32 +293,32 @@ class Recommender:
             return Decoded(None, "engine_unavailable")
         call.was_answered(result.think_s)
         call.split_reasoning(result.think_s)
-        self._reserve.was_in_time(call.stages["decode"])
+        self._reserve.was_in_time(call.stages[call.stage])
+        if cached is not None:
+            result = replace(result, thought=tuple(cached.token_ids), thought_end=cached.end)
+        elif self._thoughts is not None and question is not None and think is not None:
+            self._thoughts.put_soon(question, result)
         return Decoded(result, "history_unavailable" if context.history_unavailable else None)
 
-    def _variant(self, request: RecommendRequest, tenant: str) -> "_Variant":
-        """The experiments that the request's user is in, where the request leaves to the service what they vary."""
-        if self._experiments is None or request.user_id is None or not _leaves_open(request):
-            return _Variant(())
-        return _Variant(self._experiments.assign(unit_of(tenant, request.user_id)))
+    async def _reordered(self, call: "_Call", context: UserContext, ranks: Ranks) -> DecodeResult | None:
+        """What was retrieved, scored and ordered anew after a thought, as `rerank` does; None: the first order stands.
 
-    def _exposed(self, answer: RecommendResponse, tenant: str, variant: "_Variant") -> RecommendResponse:
-        """The answer with its experiment; its exposure is noted."""
-        if self._experiments is None or not variant.assignments or answer.user_id is None:
-            return answer
-        self._experiments.exposed(
-            Exposure(
-                answer.recommendation_id,
-                unit_of(tenant, answer.user_id),
-                variant.assignments,
-                time.time(),
-                answer.timings_ms["total"],
-                answer.degraded,
-                len(answer.items),
-            )
-        )
-        first = variant.assignments[0]
-        return answer.model_copy(update={"experiment": ExperimentInfo(name=first.experiment, variant=first.variant)})
+        The first order is a whole answer of the model, so one that stands is not degraded.
+        """
+        if call.left_s() <= self._reserve.seconds:
+            self._metrics.reranks.labels("no_time").inc()
+            return None
+        call.stage = "rerank"
+        only_these = ItemFilter.of(len(self._catalog), allow=ranks)
+        with self._line.place(call.left_s(), unconditional=True) as call.place:
+            decoded = await self._decode(call, context, only_these, len(ranks))
+        decoded = _repaired(decoded, only_these, len(ranks))
+        if decoded.result is None or decoded.reason == "model_output_repaired":
+            call.stage = "decode"
+            self._metrics.reranks.labels(decoded.reason).inc()
+            return None
+        self._metrics.reranks.labels("done").inc()
+        return decoded.result
 
     def _think(self, call: "_Call") -> Think | None:
         """The thought that a request may have; None where it asks for none."""
@@ -291,14 +333,39 @@ class Recommender:
         codes = sid_program(self._catalog.space)
         return codes if think is None else (think, *codes)
 
-    def _token_listener(self, call: "_Call") -> "_ThoughtText | None":
-        return None if call.on_thought is None else _ThoughtText(self._bundle.renderer, call.on_thought)
-
-    def _rationale(self, call: "_Call", decoded: Decoded) -> str | None:
-        """The text of the thought that an answer of the model comes from, where it is asked for."""
-        if decoded.result is None or not (call.thinks and call.request.include_rationale):
+    def _thought_question(self, call: "_Call", context: UserContext) -> ThoughtQuestion | None:
+        """What to look the request's thought up by; None where it is to have none, or none that is kept."""
+        user_id = call.request.user_id
+        if self._thoughts is None or self._bundle.renderer.thinking is None or not call.may_have_thought:
             return None
-        return self._bundle.renderer.thought_text(decoded.result.thought)
+        if user_id is None or call.request.inline_history() is not None or context.history_unavailable:
+            return None
+        prompt = self._contexts.prompt(context, thinking=True)
+        max_tokens = self._thinking_limits.max_tokens
+        return ThoughtQuestion(call.tenant, user_id, context.num_events, self._bundle, prompt, max_tokens)
+
+    async def _cached_thought(self, call: "_Call", question: ThoughtQuestion | None) -> CachedThought | None:
+        """The request's thought, if it was thought before; else somebody is asked to, unless the request thinks."""
+        if self._thoughts is None or question is None:
+            return None
+        cached = await self._thoughts.get(question, min(_THOUGHT_CACHE_MOST_S, call.left_for_engine_s()))
+        if cached is None and not call.thinks:
+            self._thoughts.ask_ahead(question.tenant, question.user_id)
+        return cached
+
+    def _token_listener(self, call: "_Call", think: Think | None) -> Rationale | None:
+        return None if think is None or call.on_thought is None else call.rationale
+
+    async def _rationale(self, call: "_Call", decoded: Decoded, item_ids: Sequence[str]) -> str | None:
+        """Why the model chose these items, as far as it is checked; told to whoever listens, given where asked for.
+
+        A bundle that reasons without free text would give its trace here.
+        """
+        if decoded.result is None or decoded.result.thought_end is None or call.rationale is None:
+            return None
+        ranks, _ = self._catalog.ranks_of(item_ids)
+        text = await call.rationale.finished(decoded.result.thought, ranks, call.left_for_engine_s())
+        return text if call.request.include_rationale else None
 
     def _items(
         self, decoded: Decoded, context: UserContext, item_filter: ItemFilter, wanted: int, diversity: float
@@ -366,6 +433,12 @@ class Recommender:
         with self._line.place(call.left_s(), unconditional=not self._breaker.is_closed) as call.place:
             yield
 
+    def history_moved(self, tenant: str, user_ids: Iterable[str]) -> None:
+        """The users have new events in their histories: somebody may think of them before they are asked about."""
+        if self._thoughts is not None and self._bundle.renderer.thinking is not None:
+            for user_id in user_ids:
+                self._thoughts.ask_ahead(tenant, user_id)
+
     def withdraw(self, tenant: str, user_id: str, item_ids: Sequence[str]) -> None:
         """The user has seen or dislikes these items: no kept answer shows them, even if Redis could not tell."""
         self._answers.withdraw(cache_key(tenant, user_id, None), item_ids)
@@ -399,7 +472,6 @@ class Recommender:
         return {
             "recommendation_id": new_ulid(),
             "user_id": call.request.user_id,
-            "rationale": self._rationale(call, decoded),
             "ignored_items": context.ignored_items,
             "source": source,
             "degraded": decoded.reason is not None,
@@ -410,48 +482,34 @@ class Recommender:
         }
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """The arms that one request is in."""
-
-    assignments: tuple[Assignment, ...]
-
-    @cached_property
-    def overrides(self) -> VariantOverrides:
-        """What they change, together."""
-        return merged_overrides(self.assignments)
-
-    def applied_to(self, request: RecommendRequest, *, can_think: bool) -> RecommendRequest:
-        """The request as the arms want it answered; on a bundle that cannot think none does."""
-        if not self.assignments:
-            return request
-        wishes: dict[str, Any] = {"include_rationale": self.overrides.rationale, "diversity": self.overrides.diversity}
-        if self.overrides.reasoning is not None and can_think:
-            wishes["reasoning"] = "on" if self.overrides.reasoning else "off"
-        return request.model_copy(update={name: wish for name, wish in wishes.items() if wish is not None})
-
-
-def _leaves_open(request: RecommendRequest) -> bool:
-    """Whether the request has no wish of its own for what experiments vary: else its variant would not show in it."""
-    wishes = {"include_rationale", "diversity", "exploration"} & request.model_fields_set
-    return request.reasoning == "auto" and not wishes
-
-
 class _Call:
     """One request under way: its deadline, its stage times, and who hears its thought."""
 
-    def __init__(self, request: UserRequest, on_thought: TextListener | None) -> None:
+    def __init__(
+        self, request: UserRequest, tenant: str, on_thought: TextListener | None, *, reranks: bool = False
+    ) -> None:
         self.request = request
+        self.tenant = tenant
         self.on_thought = on_thought
+        self.rationale: Rationale | None = None
+        self._reranks = reranks
         self.place: Place | None = None
         self._start = time.perf_counter()
         self._deadline_s = request.deadline_ms / 1000
         self.stages: dict[str, float] = {}
+        self.stage: Literal["decode", "rerank"] = "decode"
+        """What the engine is asked for, or was last."""
 
     @property
     def thinks(self) -> bool:
         """Whether the model is to think first."""
-        return self.request.reasoning == "on"
+        return self.request.reasoning == "on" or self.stage == "rerank"
+
+    @property
+    def may_have_thought(self) -> bool:
+        """Whether a thought is wanted, if only one that is there already: never before what is ordered anew."""
+        wants_rationale = self.request.reasoning == "auto" and self.request.include_rationale
+        return self.thinks or (wants_rationale and not self._reranks)
 
     async def timed(self, stage: str, work: Awaitable[T]) -> T:
         """Await `work` and note how long it took."""
@@ -463,10 +521,10 @@ class _Call:
             self.stages[stage] = time.perf_counter() - start
 
     def split_reasoning(self, think_s: float) -> None:
-        """Count so much of the stage `decode` as `reasoning`."""
+        """Count so much of the engine's stage as `reasoning`."""
         if self.thinks:
             self.stages["reasoning"] = think_s
-            self.stages["decode"] -= think_s
+            self.stages[self.stage] -= think_s
 
     def was_answered(self, thought_s: float) -> None:
         """The engine has answered: it is the next one's turn."""
@@ -513,31 +571,16 @@ class _Reserve:
         self.seconds = max(self.seconds, self._MARGIN * beside_s)
 
 
-class _ThoughtText:
-    """Hears the tokens of a thought and tells their text."""
-
-    def __init__(self, renderer: PromptRenderer, on_text: TextListener) -> None:
-        self._renderer = renderer
-        self._on_text = on_text
-        self._token_ids: list[int] = []
-        self._num_told = 0  # characters
-
-    def __call__(self, token_ids: Sequence[int]) -> None:
-        self._token_ids += token_ids
-        text = self._renderer.thought_text(self._token_ids)
-        if len(text) > self._num_told:
-            self._on_text(text[self._num_told :])
-            self._num_told = len(text)
-
-
 def _repaired(decoded: Decoded, item_filter: ItemFilter, wanted: int) -> Decoded:
     """What of the engine's answer may be shown, each item once; flagged where anything had to go or is missing."""
     if (result := decoded.result) is None:
         return decoded
     known = (result.ranks >= 0) & (result.ranks < item_filter.num_items) & np.isfinite(result.scores)
-    keep = np.zeros(len(result.ranks), np.bool_)
-    keep[np.unique(result.ranks, return_index=True)[1]] = True
-    keep &= known & item_filter.contains(np.where(known, result.ranks, 0))
+    keep = known & item_filter.contains(np.where(known, result.ranks, 0))
+    if len(set(result.ranks.tolist())) < len(keep):
+        first = np.zeros(len(keep), np.bool_)
+        first[np.unique(result.ranks, return_index=True)[1]] = True
+        keep &= first
     if keep.all() and len(keep) >= wanted:
         return decoded
     log.error("model_output_repaired", num_items=len(keep), num_kept=int(keep.sum()), wanted=wanted)

@@ -5,8 +5,9 @@ and one UNLINK can touch them all: `sidrec:{<namespace>:<user>}:<what>`. Namespa
 no brace, colon, space or foreign script in a user id can move the tag or meet another user's keys.
 """
 
+import re
 from dataclasses import astuple, dataclass, fields
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 PREFIX = "sidrec"
 DEFAULT_NAMESPACE = "default"
@@ -29,6 +30,10 @@ class UserKeys:
     """ZSET: id derived from an imported entry, by arrival; apart, so that live events never push them out."""
     meta: str
     """HASH of counters."""
+    thought: str
+    """STRING: the user's last thought, as JSON; expires by itself."""
+    think_ahead: str
+    """STRING: there while a worker is asked to think for the user; expires by itself."""
 
     def all(self) -> tuple[str, ...]:
         """All of them, in the order of the fields: the KEYS of the scripts."""
@@ -40,6 +45,24 @@ def user_keys(user_id: str, namespace: str = DEFAULT_NAMESPACE) -> UserKeys:
     """The keys of one user; different (namespace, user) pairs never share one."""
     tag = f"{_encoded(namespace)}:{_encoded(user_id)}"
     return UserKeys(*(f"{PREFIX}:{{{tag}}}:{field.name.replace('_', '-')}" for field in fields(UserKeys)))
+
+
+def history_pattern(namespace: str | None = None) -> str:
+    """What SCAN matches: the histories of all users of a namespace, or of every one."""
+    tag = "*" if namespace is None else f"{_encoded(namespace)}:*"
+    return f"{PREFIX}:{{{tag}}}:history"
+
+
+def user_of_history(key: str) -> tuple[str, str] | None:
+    """(namespace, user) of the key `UserKeys.history`; None for any other key."""
+    found = _HISTORY.fullmatch(key)
+    if found is None:
+        return None
+    namespace, user_id = (unquote(part, errors="surrogatepass") for part in found.groups())
+    return namespace, user_id
+
+
+_HISTORY = re.compile(re.escape(PREFIX) + r":\{([^{}:]+):([^{}:]+)\}:history")
 
 
 def _encoded(text: str) -> str:
@@ -81,6 +104,21 @@ def catalog_keys(namespace: str = DEFAULT_NAMESPACE) -> CatalogKeys:
 def exposure_stream(namespace: str = DEFAULT_NAMESPACE) -> str:
     """STREAM: one entry for each exposure; its `variants` are as in a link."""
     return f"{PREFIX}:exposures:{_encoded(namespace)}"
+
+
+def served_stream(namespace: str = DEFAULT_NAMESPACE) -> str:
+    """STREAM: one entry for each answer that was served."""
+    return f"{PREFIX}:served:{_encoded(namespace)}"
+
+
+def outcome_stream(namespace: str = DEFAULT_NAMESPACE) -> str:
+    """STREAM: one entry for each event that names a recommendation."""
+    return f"{PREFIX}:outcomes:{_encoded(namespace)}"
+
+
+def served_entries_key(namespace: str, unit: str) -> str:
+    """ZSET: a user's entries in the two streams, by time: what erasing the user deletes there."""
+    return f"{PREFIX}:{{{_encoded(namespace)}:served:{_encoded(unit)}}}:entries"
 
 
 def unit_key_name(namespace: str = DEFAULT_NAMESPACE) -> str:

@@ -1,10 +1,10 @@
 """The HTTP endpoints: validate, admit, hand over, answer. No logic of their own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import PlainTextResponse
@@ -16,13 +16,16 @@ from service.access import StrictRoute, caller_of
 from service.deployments import Deployment
 from service.engine.base import EngineError
 from service.errors import BadRequestProblem, ConflictProblem, ProblemDocument, UnavailableProblem
+from service.event_types import IN_HISTORY
 from service.experiments.exposures import ExposuresUnavailableError
 from service.experiments.runtime import unit_of
+from service.experiments.treatment import Treatment
 from service.histories import Event, EventType, HistoryUnavailableError
 from service.metrics import CONTENT_TYPE
-from service.recommender import Recommender, TextListener
+from service.rationale import TextListener
+from service.recommender import Recommender
 from service.schemas import (
-    Answer,
+    BundleBeside,
     BundleResponse,
     DeadlineMs,
     EventsRequest,
@@ -40,13 +43,13 @@ from service.schemas import (
     VersionsResponse,
 )
 from service.security import Caller, require_admin
+from service.served_log import ServedLogUnavailableError
 from service.sse import EventStream, prefers_events
 from service.state import State
 
 T = TypeVar("T")
 R = TypeVar("R", bound=UserRequest)
-A = TypeVar("A", bound=Answer)
-A_co = TypeVar("A_co", bound=Answer, covariant=True)
+A = TypeVar("A", RecommendResponse, RerankResponse)
 
 _PROBLEM = {"model": ProblemDocument, "description": "Problem document (RFC 9457)"}
 PROBLEMS = dict.fromkeys((401, 404, 422, 503), _PROBLEM)
@@ -60,7 +63,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
                 'event: answer\ndata: {"recommendation_id":"01J…","items":[…],…}\n\n',
             }
         },
-        "description": "The answer. With `Accept: text/event-stream`: the thought of `reasoning` as it is written "
+        "description": "The answer. With `Accept: text/event-stream`: the thought, checked, sentence by sentence "
         "(`thought` events, `{text}`), then one `answer` event with the same object as the plain answer, or one "
         "`problem` event with a problem document; comments keep the connection alive.",
     }
@@ -120,7 +123,7 @@ async def recommend(
     body: RecommendRequest, request: Request, state: StateDep, caller: CallerDep, deadline: DeadlineHeader = None
 ) -> RecommendResponse | EventStream:
     """The items a user will most likely choose next."""
-    question = partial(Recommender.recommend, request=_with_deadline(body, deadline), tenant=caller.tenant)
+    question = _Question(Recommender.recommend, _with_deadline(body, deadline), caller.tenant)
     return await _answer(request, state, question)
 
 
@@ -135,7 +138,7 @@ async def recommend_by_query(
 ) -> RecommendResponse:
     """The same with defaults."""
     body = _with_deadline(RecommendRequest(user_id=user_id, num_items=num_items), deadline)
-    question = partial(Recommender.recommend, request=body, tenant=caller.tenant)
+    question = _Question(Recommender.recommend, body, caller.tenant)
     return await _timed(request, _ask(state, question, None))
 
 
@@ -150,15 +153,14 @@ async def rerank(
     body: RerankRequest, request: Request, state: StateDep, caller: CallerDep, deadline: DeadlineHeader = None
 ) -> RerankResponse | EventStream:
     """Candidates in the order in which the user will most likely choose them."""
-    question = partial(Recommender.rerank, request=_with_deadline(body, deadline), tenant=caller.tenant)
+    question = _Question(Recommender.rerank, _with_deadline(body, deadline), caller.tenant)
     return await _answer(request, state, question)
 
 
 @api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
 async def record_events(body: EventsRequest, state: StateDep, caller: CallerDep) -> EventsResponse:
     """Store what users did. Idempotent by `event_id`; what is accepted is on disk and visible to the next request."""
-    _, unknown = state.bundle.catalog.ranks_of(event.item_id for event in body.events)
-    unknown_ids = state.live.deleted_since(state.bundle.catalog.epoch).union(unknown)
+    unknown_ids = state.deployments.unknown_items({event.item_id for event in body.events})
     rejected = [
         RejectedEvent(index=index, reason="unknown_item")
         for index, event in enumerate(body.events)
@@ -175,10 +177,20 @@ async def record_events(body: EventsRequest, state: StateDep, caller: CallerDep)
         if is_new:
             unit = unit_of(caller.tenant, event.user_id)
             state.experiments.outcome(event.recommendation_id, unit, event.event_type)
+            state.served.happened(
+                event.recommendation_id,
+                caller.tenant,
+                event.user_id,
+                event.item_id,
+                event.event_type,
+                event.timestamp,
+            )
     recommender = state.deployments.current.recommender
     for event in events:
         if event.event_type != EventType.IMPRESSION:
             recommender.withdraw(caller.tenant, event.user_id, (event.item_id,))
+    new = (event for event, is_new in zip(events, stored, strict=True) if is_new)
+    recommender.history_moved(caller.tenant, {event.user_id for event in new if event.event_type in IN_HISTORY})
     accepted = sum(stored)
     for outcome, count in (("accepted", accepted), ("duplicate", len(stored) - accepted), ("rejected", len(rejected))):
         state.metrics.events.labels(outcome).inc(count)
@@ -202,14 +214,18 @@ async def erase_user(user_id: UserId, state: StateDep, caller: CallerDep) -> Non
     state.deployments.current.recommender.forget(caller.tenant, user_id)
     try:
         await state.experiments.erase(unit_of(caller.tenant, user_id))
-    except ExposuresUnavailableError as error:
-        raise UnavailableProblem(f"the user's experiments are not erased ({error}); send the request again") from error
+        await state.served.erase(caller.tenant, user_id)
+    except (ExposuresUnavailableError, ServedLogUnavailableError) as error:
+        raise UnavailableProblem(
+            f"the user's experiments and logged answers are not all erased ({error}); send the request again"
+        ) from error
 
 
 @api.get("/versions", tags=["operations"])
 async def versions(state: StateDep) -> VersionsResponse:
     """What is being served."""
-    bundle = state.bundle
+    current = state.deployments.current
+    bundle = current.bundle
     return VersionsResponse(
         service=service_version(),
         engine=state.engine.name,
@@ -218,6 +234,20 @@ async def versions(state: StateDep) -> VersionsResponse:
         prompt=bundle.manifest.prompt.version,
         num_items=len(bundle.catalog),
         metrics=bundle.manifest.metrics,
+        beside=[
+            *(_beside(one, "experiment") for one in state.deployments.served if one is not current),
+            *(_beside(one, "ending") for one in state.deployments.ending),
+        ],
+    )
+
+
+def _beside(deployment: Deployment, role: Literal["experiment", "ending"]) -> BundleBeside:
+    return BundleBeside(
+        bundle=deployment.bundle_id,
+        role=role,
+        catalog_epoch=deployment.bundle.catalog.epoch,
+        num_items=len(deployment.bundle.catalog),
+        is_ready=deployment.engine.problem is None,
     )
 
 
@@ -289,23 +319,31 @@ def service_version() -> str:
         return "unpackaged"
 
 
-class _Question(Protocol[A_co]):
-    """A request, still without the recommender that answers it."""
+@dataclass(frozen=True)
+class _Question(Generic[R, A]):
+    """A request of a tenant's, still without the recommender that answers it."""
 
-    def __call__(self, recommender: Recommender, /, *, on_thought: TextListener | None) -> Awaitable[A_co]: ...
+    method: Callable[[Recommender, R, str, TextListener | None, Treatment], Awaitable[A]]
+    request: R
+    tenant: str
 
 
-async def _answer(request: Request, state: State, question: _Question[A]) -> A | EventStream:
+async def _answer(request: Request, state: State, question: _Question[R, A]) -> A | EventStream:
     """The answer, or the stream of its events where the client prefers that."""
     if prefers_events(request.headers.getlist("accept")):
         return EventStream(request, lambda on_thought: _timed(request, _ask(state, question, on_thought)))
     return await _timed(request, _ask(state, question, None))
 
 
-async def _ask(state: State, question: _Question[A], on_thought: TextListener | None) -> A:
-    """The answer of the bundle that is current now, also if another one becomes so meanwhile."""
-    async with state.deployments.current.leased() as deployment:
-        return await question(deployment.recommender, on_thought=on_thought)
+async def _ask(state: State, question: _Question[R, A], on_thought: TextListener | None) -> A:
+    """The answer of the bundle that the user's variant names, else of the one that is current now.
+
+    Nothing waits between the assignment and the lease, so an experiment that is in force has its bundles.
+    """
+    request, tenant = question.request, question.tenant
+    treatment = state.experiments.treatment(request, tenant)
+    async with state.deployments.named(treatment.overrides.bundle).leased() as epoch:
+        return await question.method(epoch.recommender, request, tenant, on_thought, treatment)
 
 
 async def _timed(request: Request, work: Awaitable[A]) -> A:

@@ -242,6 +242,18 @@ class HistoryResponse(BaseModel):
     events: list[StoredEvent]
 
 
+class BundleBeside(BaseModel):
+    """A bundle that is loaded beside the current one."""
+
+    bundle: str
+    role: Literal["experiment", "ending"] = Field(
+        description="experiment: answers the users of variants that name it; ending: answers its last requests"
+    )
+    catalog_epoch: int
+    num_items: int
+    is_ready: bool = Field(description="whether its engine takes requests; if not, the fallback answers")
+
+
 class VersionsResponse(BaseModel):
     """Answer of /versions."""
 
@@ -252,6 +264,7 @@ class VersionsResponse(BaseModel):
     prompt: int
     num_items: int
     metrics: dict[str, float]
+    beside: list[BundleBeside] = Field([], description="the bundles that are loaded beside the current one")
 
 
 class ItemResponse(BaseModel):

@@ -37,6 +37,10 @@ class Settings(BaseSettings):
 
     follow_bundles_s: float = Field(2.0, gt=0, description="how often `current` is looked at for another bundle")
 
+    catalog_cache: Path | None = Field(
+        None, description="folder of catalogues with live changes worked in; absent: `.merged` in that of the bundles"
+    )
+
     redis_url: str | None = Field(
         None,
         pattern="^(redis|rediss|unix)://",
@@ -64,6 +68,10 @@ class Settings(BaseSettings):
     think_max_seconds: float = Field(
         2.0, gt=0, le=60, description="longest thought; a request's deadline may cut it shorter"
     )
+    thought_cache_ttl_s: float = Field(
+        86_400.0, ge=0, le=31_536_000, allow_inf_nan=False, description="how long a thought is used again; 0: never"
+    )
+    think_ahead: bool = Field(False, description="let Celery's `think` worker think before it is asked to")
     max_in_flight: int = Field(256, ge=1, description="requests answered at once; more are shed with 503")
     breaker_failures: int = Field(5, ge=1, description="failures of the engine running after which it is left alone")
     breaker_open_s: float = Field(2.0, gt=0, description="how long the engine is left alone before it is tried again")
@@ -71,6 +79,11 @@ class Settings(BaseSettings):
     redis_breaker_open_s: float = Field(1.0, gt=0, description="the same for Redis")
     answer_cache_size: int = Field(10_000, ge=0, description="users whose last answer of the model is kept")
     answer_cache_ttl_s: float = Field(3_600.0, gt=0, description="how old such an answer may be")
+
+    served_log_length: int = Field(
+        0, ge=0, description="answers of /recommend kept with their propensities, for off-policy evaluation; 0: none"
+    )
+    served_log_days: int = Field(30, ge=1, description="how long they are kept at most")
 
     rate_limit_per_s: float = Field(
         0.0, ge=0, le=1e6, allow_inf_nan=False, description="requests a second of one API key, then 429; 0: no limit"

@@ -15,6 +15,7 @@ from service.live_catalog import LiveCatalog
 from service.metrics import Metrics
 from service.rate_limits import RateLimits
 from service.security import ApiKeys
+from service.served_log import ServedLog
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class State:
     redis: Redis
     histories: Histories
     experiments: Experiments
+    served: ServedLog
     admission: Admission
     api_keys: ApiKeys
     rate_limits: RateLimits

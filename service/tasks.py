@@ -1,18 +1,18 @@
-"""Celery: what may take longer than a request. Importing this loads no torch; the `encode` queue's worker does.
+"""Celery: what may take longer than a request. Importing this loads no torch; the workers of the queues do.
 
 celery -A service.tasks worker --queues encode --concurrency 1 --pool solo
+celery -A service.tasks worker --queues think --concurrency 1 --pool solo
 """
 
+from functools import cache
 from typing import Any, TypedDict
-
-from celery import Celery
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.text_encoder import item_text
+from service.celery_app import ASSIGN_SIDS, THINK_AHEAD, make_celery
 from service.encoding import encode_texts
 from service.settings import Settings
-
-ENCODE_QUEUE = "encode"
+from service.thinker import Outcome, Thinker
 
 
 class NewItem(TypedDict):
@@ -24,30 +24,11 @@ class NewItem(TypedDict):
     attributes: dict[str, str]
 
 
-def make_celery(settings: Settings) -> Celery:
-    """JSON only; a task is acknowledged when it is done, so that a killed worker's is done again."""
-    celery = Celery("sidrec", broker=settings.celery_broker_url, backend=settings.celery_result_url)
-    celery.conf.update(
-        task_serializer="json",
-        result_serializer="json",
-        accept_content=["json"],
-        task_acks_late=True,
-        task_reject_on_worker_lost=True,
-        worker_prefetch_multiplier=1,
-        task_default_queue="sidrec",
-        task_routes={"sidrec.assign_sids": {"queue": ENCODE_QUEUE}},
-        task_time_limit=600,
-        result_expires=86_400,
-        broker_connection_retry_on_startup=True,
-    )
-    return celery
-
-
 settings = Settings()
 app = make_celery(settings)
 
 
-@app.task(name="sidrec.assign_sids")  # type: ignore[untyped-decorator]
+@app.task(name=ASSIGN_SIDS)  # type: ignore[untyped-decorator]
 def assign_sids(items: list[NewItem]) -> dict[str, Any]:
     """SIDs for new items, from the current bundle's text encoder and quantiser.
 
@@ -66,3 +47,17 @@ def assign_sids(items: list[NewItem]) -> dict[str, Any]:
     codes = bundle.quantizer.assign_new(vectors, bundle.catalog.trie)
     sids = {item["item_id"]: bundle.manifest.space.format(sid) for item, sid in zip(items, codes, strict=True)}
     return {"bundle": bundle.bundle_id, "sids": sids}
+
+
+@app.task(name=THINK_AHEAD, ignore_result=True)  # type: ignore[untyped-decorator]
+def think_ahead(tenant: str, user_id: str) -> Outcome:
+    """A user's thought, kept for the request that wants it. Doing it again changes nothing."""
+    return _thinker().think(tenant, user_id)
+
+
+@cache
+def _thinker() -> Thinker:
+    """This process's own; made at its first thought."""
+    from service.app import make_engine  # noqa: PLC0415 - the worker of another queue needs no web framework
+
+    return Thinker(settings, make_engine)

@@ -24,6 +24,8 @@ class UserContext:
     """Disliked or hidden: never recommended, whatever `exclude_seen` says."""
     ignored_items: list[str]
     history_unavailable: bool
+    num_events: int = 0
+    """History events ever accepted; of an inline history, its length."""
 
 
 class UserContexts:
@@ -38,7 +40,8 @@ class UserContexts:
     async def load(self, request: UserRequest, tenant: str, timeout_s: float) -> UserContext:
         """The context of one request about a user of the tenant's.
 
-        Redis failing is an answer too: what is inline is used, and the flag is set. It is not waited for longer than
+        Redis failing is an answer too: what is inline is used, what the user was last known to have seen or excluded
+        stays hidden, and the flag is set. It is not waited for longer than
         `timeout_s`, what is left of the request's deadline.
         """
         seen: frozenset[str] = frozenset()
@@ -52,6 +55,8 @@ class UserContexts:
             except (HistoryUnavailableError, TimeoutError):
                 self._metrics.history_failures.inc()
                 unavailable = True
+                known = self._histories.of(tenant).last_known(request.user_id)
+                seen, excluded = known.seen, known.excluded
             else:
                 seen, excluded, total = state.seen, state.excluded, state.total
                 shown = [entry.item_id for entry in state.entries]
@@ -64,7 +69,7 @@ class UserContexts:
         ranks, unknown = self._catalog.ranks_of(shown[max(0, first) :])
         if inline is not None:  # what the caller named is accounted for, also where no prompt shows it
             _, unknown = self._catalog.ranks_of(dict.fromkeys(request.inline_items()))
-        return UserContext(ranks, seen, excluded, list(dict.fromkeys(unknown)), unavailable)
+        return UserContext(ranks, seen, excluded, list(dict.fromkeys(unknown)), unavailable, total)
 
     def prompt(self, context: UserContext, *, thinking: bool) -> np.ndarray:
         """The token ids of the prompt that asks for a SID, or with `thinking` for a thought before it."""

@@ -2,7 +2,8 @@
 
     submit() → queue → batch of what waits (equal `group`, at most `max_batch`) → run(batch) → futures
 
-While one batch runs the next one gathers, so a lone job waits for nothing and a crowd shares the work.
+While one batch runs the next one gathers, so a lone job waits for nothing and a crowd shares the work. The answers of a
+batch are handed out one in each round of the event loop: all at once they would keep it from everything else meanwhile.
 """
 
 import asyncio
@@ -53,6 +54,7 @@ class Batcher(Generic[JobT, AnswerT]):
         self._waiting: list[_Entry[JobT, AnswerT]] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._settling: set[asyncio.Task[None]] = set()
 
     @property
     def is_running(self) -> bool:
@@ -88,6 +90,10 @@ class Batcher(Generic[JobT, AnswerT]):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.gather(*self._settling)
+        # Its frames hold the last batch, and `run` is a method of whoever owns this: they would keep each other, and a
+        # model, until a rare full collection.
+        self._task, self._run = None, _ended
 
     async def _serve(self) -> None:
         while True:
@@ -101,9 +107,11 @@ class Batcher(Generic[JobT, AnswerT]):
                 try:
                     answers = await asyncio.shield(work)
                 except asyncio.CancelledError:  # stopping: what is being worked on is still answered
-                    _settle(batch, await work, started_at)
+                    await _settle(batch, await work, started_at)
                     raise
-                _settle(batch, answers, started_at)
+                settling = asyncio.create_task(_settle(batch, answers, started_at))
+                self._settling.add(settling)
+                settling.add_done_callback(self._settling.discard)
 
     async def _answers(self, batch: Sequence[_Entry[JobT, AnswerT]]) -> Sequence[AnswerT | Exception]:
         """`run`'s answers; what it raises fails this batch and not the batcher."""
@@ -127,7 +135,14 @@ class Batcher(Generic[JobT, AnswerT]):
         self._waiting.clear()
 
 
-def _settle(batch: Sequence[_Entry[JobT, AnswerT]], answers: Sequence[AnswerT | Exception], started_at: float) -> None:
+async def _ended(_jobs: Sequence[object]) -> Sequence[Exception]:
+    """What a batcher that has stopped runs: nothing."""
+    return [EngineUnavailableError("the batcher has stopped") for _ in _jobs]
+
+
+async def _settle(
+    batch: Sequence[_Entry[JobT, AnswerT]], answers: Sequence[AnswerT | Exception], started_at: float
+) -> None:
     for entry, answer in zip(batch, answers, strict=True):
         if entry.future.done():  # cancelled by its caller
             continue
@@ -135,6 +150,7 @@ def _settle(batch: Sequence[_Entry[JobT, AnswerT]], answers: Sequence[AnswerT | 
             entry.future.set_exception(answer)
         else:
             entry.future.set_result(Batched(answer, started_at - entry.queued_at))
+        await asyncio.sleep(0)
 
 
 def run_isolated(run: Callable[[Sequence[JobT]], Sequence[AnswerT]], jobs: Sequence[JobT]) -> list[AnswerT | Exception]:

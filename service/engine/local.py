@@ -1,23 +1,20 @@
-"""The local engine: torch in this process, for laptops, tests and small models. One thread decodes, in batches.
+"""The local engine: torch on the CPU, for laptops, tests and small models. One process decodes, in batches.
 
 A request that thinks is a batch of its own: its thought is as long as the model makes it, and nobody else waits in it.
+A process that dies takes the batch that it was decoding with it, and is made anew with back-off; meanwhile the fallback
+answers.
 """
 
 import asyncio
-import threading
-import time
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import structlog
-import torch
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.decoding.beam import BeamWork, constrained_beam
-from semantic_ids.decoding.tree_decoder import TreeDecoder, TreeState
-from semantic_ids.trie import SidTrie
 from service.engine.base import (
     DecodeRequest,
     DecodeResult,
@@ -25,71 +22,57 @@ from service.engine.base import (
     EngineUnavailableError,
     Plan,
     Think,
-    ThoughtEnd,
     ThoughtListener,
     UnsupportedProgramError,
     canary,
     check_request,
     plan,
 )
-from service.engine.batching import Batcher, run_isolated
+from service.engine.batching import Batcher
+from service.engine.epochs import EpochFolders
+from service.engine.local_process import Decode, Decoded, DecodeProcess, PutBitmap, RetireCatalog, UseCatalog
+from service.engine.local_process import LocalEngineConfig as LocalEngineConfig  # noqa: PLC0414 - this engine's too
+from service.engine.searches import Found, Search, answered
+from service.engine.wire import BeamRequest, WireFilter
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class LocalEngineConfig:
-    """How the local engine runs."""
-
-    threads: int = 1
-    """OpenMP threads: with two on two cores decoding is 10 to 20 times slower under load (libgomp spins)."""
-    max_batch: int = 16
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class _GivenUpError(EngineError):
-    """The caller of a thinking request is gone."""
+_FIRST_BACK_OFF_S, _MAX_BACK_OFF_S = 0.5, 30.0
 
 
 @dataclass(eq=False)
 class _Job:
-    """One request on its way to the worker thread, and back with the tokens of its thought."""
+    """One request on its way to the process, and back with the tokens of its thought."""
 
     request: DecodeRequest
-    trie: SidTrie
     plan: Plan
-    loop: asyncio.AbstractEventLoop
     on_thought: ThoughtListener | None
-    given_up: threading.Event = field(default_factory=threading.Event)
+    call: int | None = None
+    """Its number while it is being decoded."""
+    is_over: bool = False
+    """Answered or given up: nobody listens."""
 
     @property
     def group(self) -> Hashable:
         """Jobs of one program and catalogue are a batch; a job that thinks is one by itself."""
         return (self.request.catalog_id, self.request.program) if self.plan.think is None else self
 
-    def tell(self, token_id: int) -> None:
-        """Let the listener hear a token of the thought; called in the worker thread."""
-        if self.on_thought is not None:
-            self.loop.call_soon_threadsafe(self._hear, token_id)
+    @property
+    def search(self) -> Search:
+        """What the process searches for."""
+        request = self.request
+        beam = BeamRequest("", request.width, WireFilter.of(request.item_filter), request.exploration)
+        return Search(beam, request.catalog_id, self.plan.forced, request.item_filter.bitmap)
 
-    def _hear(self, token_id: int) -> None:
-        if self.on_thought is not None and not self.given_up.is_set():
+    def hear(self, token_id: int) -> None:
+        """Tell the listener a token of the thought."""
+        if self.on_thought is not None and not self.is_over:
             self.on_thought((token_id,))
 
 
-@dataclass(frozen=True)
-class _Thought:
-    """A thought in the cache, and the state after its last token."""
-
-    token_ids: tuple[int, ...]
-    end: ThoughtEnd
-    seconds: float
-    state: TreeState
-
-
 class LocalEngine:
-    """A batcher round `semantic_ids.decoding`, bound to one bundle."""
+    """A batcher in front of a process, bound to one bundle."""
 
     name = "local"
 
@@ -97,9 +80,10 @@ class LocalEngine:
         self._bundle = bundle
         self._config = config
         self._metrics = metrics
-        self._tries = {bundle.catalog_id: bundle.catalog.trie}
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._decoder: TreeDecoder | None = None
+        self._process: DecodeProcess | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._folders = EpochFolders()
+        self._epochs: dict[str, Path] = {}
         self._batcher: Batcher[_Job, DecodeResult] = Batcher(
             "local engine",
             self._run,
@@ -107,99 +91,165 @@ class LocalEngine:
             group=lambda job: job.group,
             on_batch=metrics.engine_batch_size.observe,
         )
-        self._has_answered_canary = False
+        self._state: str | None = "the local engine is starting"
 
     @property
     def problem(self) -> str | None:
-        """None once the canary was decoded, while the batcher runs."""
-        if not self._has_answered_canary:
-            return "the local engine is starting"
-        return None if self._batcher.is_running else "the local engine has stopped"
+        """None once the canary was decoded, while the process lives."""
+        if self._state is None and (self._process is None or self._process.died.is_set()):
+            return "the process that decodes died and is being restarted"
+        return self._state
 
     @property
     def num_waiting(self) -> int:
         """Requests not yet in a batch."""
         return self._batcher.num_waiting
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that decodes; None while there is none."""
+        return None if self._process is None or self._process.died.is_set() else self._process.pid
+
     async def start(self) -> None:
-        """Load the checkpoint and decode a canary in the worker thread."""
-        self._decoder = await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
+        """Start the process with the checkpoint, and decode a canary."""
         self._batcher.start()
-        await canary(self.decode, self._bundle)
-        self._has_answered_canary = True
+        await self._make()
+        self._watch = asyncio.create_task(self._supervise(), name="local-engine")
 
     async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
         """Queue one request and wait for its batch."""
-        check_request(request, self._tries.keys())
+        check_request(request, (self._bundle.catalog_id, *self._epochs))
         steps = plan(request.program, self._bundle.catalog.space.num_levels)
-        if steps.think is not None and self._decoder is not None and self._decoder.max_positions is not None:
-            steps = replace(steps, think=_within(self._decoder.max_positions, request, steps, steps.think))
-        job = _Job(request, self._tries[request.catalog_id], steps, asyncio.get_running_loop(), on_thought)
+        if steps.think is not None and self._process is not None and self._process.max_positions is not None:
+            steps = replace(steps, think=_within(self._process.max_positions, request, steps, steps.think))
+        job = _Job(request, steps, on_thought)
         try:
             batched = await self._batcher.submit(job)
         finally:
-            job.given_up.set()  # by now, answered or not, nobody listens
+            job.is_over = True
+            if job.call is not None and steps.think is not None and self._process is not None:
+                self._process.give_up(job.call)
         return replace(batched.answer, queue_s=batched.queue_s)
 
     async def use_catalog(self, bundle: Bundle) -> None:
-        """Take requests of this epoch too."""
-        self._tries[bundle.catalog_id] = bundle.catalog.trie
+        """The process maps the epoch's trie from a folder on this machine; one that is down does when it is back."""
+        folder = await self._folders.write(bundle)
+        self._epochs[bundle.catalog_id] = folder
+        try:
+            await self._map_epoch(bundle.catalog_id, folder)
+        except EngineError:
+            if self.problem is None:  # it lives, and does not take the epoch
+                await self.retire_catalog(bundle.catalog_id)
+                raise
 
     async def retire_catalog(self, catalog_id: str) -> None:
-        """Forget an epoch; jobs that are under way hold what they need."""
-        if catalog_id != self._bundle.catalog_id:
-            self._tries.pop(catalog_id, None)
+        """Forget an epoch."""
+        if self._epochs.pop(catalog_id, None) is not None:
+            if self._process is not None:
+                with suppress(EngineError):
+                    await self._process.call(RetireCatalog(catalog_id))
+            await self._folders.remove(catalog_id)
 
     async def stop(self) -> None:
         """Let the running batch finish; whatever still waits gets `EngineUnavailableError`."""
+        self._state = "the local engine has stopped"
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            self._watch = None
         await self._batcher.stop()
-        await asyncio.to_thread(self._executor.shutdown)
+        if self._process is not None:
+            await self._process.stop()
+            self._process = None
+        await self._folders.close()
 
-    def _load(self) -> TreeDecoder:
-        torch.set_num_threads(self._config.threads)
-        return TreeDecoder.load(self._bundle.model_folder, self._bundle.vocabulary, self._config.dtype)
+    # ── its process ──
+
+    async def _make(self) -> None:
+        """A new process, with every live epoch, checked."""
+        self._process = await DecodeProcess.start(self._bundle.path, self._bundle.catalog_id, self._config)
+        sent: set[str] = set()
+        while missing := self._epochs.keys() - sent:  # those too that come meanwhile
+            for catalog_id in missing:
+                sent.add(catalog_id)
+                with suppress(KeyError):  # it was retired
+                    await self._map_epoch(catalog_id, self._epochs[catalog_id])
+        await canary(self.decode, self._bundle)
+        self._state = None
+        log.info("local_engine_ready", bundle=self._bundle.bundle_id, pid=self._process.pid)
+
+    async def _supervise(self) -> None:
+        """Make the process anew whenever it dies, waiting longer after each try that fails."""
+        while True:
+            if self._process is not None:
+                await self._process.died.wait()
+            self._state = "the process that decodes died and is being restarted"
+            log.error("local_engine_died", bundle=self._bundle.bundle_id)
+            failures = 0
+            while self._state is not None:
+                if self._process is not None:
+                    await self._process.stop()
+                try:
+                    await self._make()
+                    self._metrics.engine_restarts.inc()
+                except Exception as error:
+                    self._state = f"the process that decodes does not restart: {error}"
+                    log.exception("local_engine_not_restarted", bundle=self._bundle.bundle_id, failures=failures)
+                    await asyncio.sleep(min(_MAX_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**failures))
+                    failures += 1
+
+    async def _map_epoch(self, catalog_id: str, folder: Path) -> None:
+        await self._living().call(UseCatalog(self._bundle.catalog_id, catalog_id, folder))
+
+    def _living(self) -> DecodeProcess:
+        if self._process is None or self._process.died.is_set():
+            raise EngineUnavailableError("the process that decodes is being restarted")
+        return self._process
+
+    # ── one batch ──
 
     async def _run(self, jobs: Sequence[_Job]) -> Sequence[DecodeResult | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._decode_batch, jobs)
+        process, searches, think = self._living(), [job.search for job in jobs], jobs[0].plan.think
+        decoded: list[Decoded] = []
 
-    def _decode_batch(self, jobs: Sequence[_Job]) -> list[DecodeResult | Exception]:
-        """Runs in the worker thread; whatever fails must not take the batcher down."""
-        return [self._failure(one) if isinstance(one, Exception) else one for one in run_isolated(self._decode, jobs)]
+        async def ask(places: Sequence[int]) -> list[dict[str, Any]]:
+            batch = Decode(
+                searches[0].catalog_id,
+                [jobs[place].request.prompt for place in places],
+                [searches[place].request for place in places],
+                searches[0].forced,
+                think,
+            )
+            jobs[0].call, answer = process.begin(batch, jobs[0].hear if think is not None else None)
+            if think is not None and jobs[0].is_over:
+                process.give_up(jobs[0].call)
+            decoded.append(await answer)
+            self._count(decoded[-1])
+            return decoded[-1].report.answers
 
-    def _failure(self, error: Exception) -> Exception:
-        if isinstance(error, _GivenUpError):
-            return error
-        log.error("decode_failed", bundle=self._bundle.bundle_id, exc_info=error)
-        failure = EngineUnavailableError(f"decoding failed: {type(error).__name__}")
-        failure.__cause__ = error
-        return failure
+        async def send_bitmap(catalog_id: str, digest: str, packed: bytes) -> None:
+            await process.call(PutBitmap(catalog_id, digest, packed))
 
-    def _decode(self, jobs: Sequence[_Job]) -> list[DecodeResult]:
-        if self._decoder is None:
-            raise EngineUnavailableError("the local engine is not loaded")
-        start = time.monotonic()
-        work = BeamWork()
-        state = self._decoder.prefill([job.request.prompt for job in jobs])
-        forced, thought = jobs[0].plan.forced, None
-        if (think := jobs[0].plan.think) is not None:
-            thought = _think(self._decoder, state, think, jobs[0].tell, jobs[0].given_up)
-            state = thought.state
-            forced = (think.close + forced[0], *forced[1:])
-            self._metrics.count_thought(len(thought.token_ids), thought.end)
-        answers = constrained_beam(
-            self._decoder,
-            jobs[0].trie,
-            state,
-            [job.request.item_filter for job in jobs],
-            [job.request.width for job in jobs],
-            forced=forced,
-            work=work,
-            exploration=[job.request.exploration for job in jobs],
-        )
-        seconds = time.monotonic() - start
-        self._metrics.count_beam_work(work.steps, work.beams, work.closed_beams, work.masked_share)
-        results = [DecodeResult(answer.ranks, answer.scores, answer.propensity, decode_s=seconds) for answer in answers]
-        return results if thought is None else [_with_thought(results[0], thought)]
+        found = await answered(searches, ask, send_bitmap, self._metrics)
+        return [_result(one, decoded[-1]) if isinstance(one, Found) else one for one in found]
+
+    def _count(self, decoded: Decoded) -> None:
+        report = decoded.report
+        self._metrics.count_beam_work(report.steps, report.beams, report.closed_beams, report.masked_share)
+        if decoded.thought_end is not None:
+            self._metrics.count_thought(len(decoded.thought), decoded.thought_end)
+
+
+def _result(found: Found, decoded: Decoded) -> DecodeResult:
+    return DecodeResult(
+        found.ranks,
+        found.scores,
+        found.propensity,
+        thought=decoded.thought,
+        thought_end=decoded.thought_end,
+        think_s=decoded.think_s,
+        decode_s=decoded.report.seconds - decoded.think_s,
+    )
 
 
 def _within(max_positions: int, request: DecodeRequest, steps: Plan, think: Think) -> Think:
@@ -212,49 +262,3 @@ def _within(max_positions: int, request: DecodeRequest, steps: Plan, think: Thin
             f"positions, and {beside} are needed after the thought; shorten the history or do without the thought"
         )
     return replace(think, max_tokens=min(think.max_tokens, room))
-
-
-def _think(
-    decoder: TreeDecoder,
-    state: TreeState,
-    think: Think,
-    tell: Callable[[int], None],
-    given_up: threading.Event,
-) -> _Thought:
-    """Write greedily on from the one prompt in `state`; `_GivenUpError` as soon as the caller is gone."""
-    start = time.monotonic()
-    token_ids: list[int] = []
-    longest_step_s = elapsed_s = 0.0
-    rows, hidden = state.root, state.last_hidden
-    parents = torch.zeros((1, 1), dtype=torch.long, device=decoder.device)
-    while True:
-        token_id = int(decoder.token_logits(hidden[0]).argmax())
-        end = _end(think, token_id, len(token_ids), elapsed_s + longest_step_s)
-        if end is not None:
-            return _Thought(tuple(token_ids), end, elapsed_s, TreeState(state.cache, rows, hidden))
-        if given_up.is_set():
-            raise _GivenUpError("the caller of a thinking request is gone")
-        token_ids.append(token_id)
-        tell(token_id)
-        hidden, rows = decoder.extend(state, rows, parents, torch.full_like(parents, token_id))
-        before_s, elapsed_s = elapsed_s, time.monotonic() - start
-        longest_step_s = max(longest_step_s, elapsed_s - before_s)
-
-
-def _end(think: Think, next_token_id: int, num_tokens: int, seconds: float) -> ThoughtEnd | None:
-    """Whether the thought ends before its next token, whose step would be over after `seconds`."""
-    if next_token_id == think.close[0]:
-        return "closed"
-    if num_tokens >= think.max_tokens:
-        return "token_budget"
-    return "time_budget" if seconds >= think.max_seconds else None
-
-
-def _with_thought(result: DecodeResult, thought: _Thought) -> DecodeResult:
-    return replace(
-        result,
-        thought=thought.token_ids,
-        thought_end=thought.end,
-        think_s=thought.seconds,
-        decode_s=result.decode_s - thought.seconds,
-    )

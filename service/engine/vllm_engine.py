@@ -12,8 +12,6 @@ back-off; meanwhile the others answer, or the fallback.
 import asyncio
 import ctypes
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -25,13 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.codes import TokenIds
-from semantic_ids.filters import RankBitmap
-from semantic_ids.trie import Ranks
 from service.engine.base import (
     DecodeRequest,
     DecodeResult,
@@ -47,16 +42,9 @@ from service.engine.base import (
     plan,
 )
 from service.engine.batching import Batcher
-from service.engine.vllm_wire import (
-    CAPTURE_ARG,
-    PROPENSITY_DTYPE,
-    RANK_DTYPE,
-    SCORE_DTYPE,
-    BeamRequest,
-    WireFilter,
-    pack_bitmap,
-    room_for,
-)
+from service.engine.epochs import EpochFolders
+from service.engine.searches import Found, Search, answered
+from service.engine.wire import CAPTURE_ARG, BeamRequest, WireFilter, room_for
 from service.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -99,7 +87,7 @@ class VllmEngine:
     def __init__(self, bundle: Bundle, config: VllmEngineConfig, metrics: Metrics) -> None:
         self._bundle = bundle
         self._swapping = asyncio.Lock()
-        self._epochs_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._epochs = EpochFolders()
         self._replicas = [_Replica(bundle, config, metrics) for _ in range(config.replicas)]
 
     @property
@@ -147,13 +135,7 @@ class VllmEngine:
 
     async def use_catalog(self, bundle: Bundle) -> None:
         """Every replica maps the epoch's trie from a folder on this machine; one that is down does when it is back."""
-        if self._epochs_folder is None:  # of this engine alone: another life's epochs may have had the same numbers
-            self._epochs_folder = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="sidrec-epochs-")
-        folder = Path(self._epochs_folder.name) / bundle.catalog_id
-        try:
-            await asyncio.to_thread(bundle.catalog.save_trie, folder)
-        except OSError as error:
-            raise EngineError(f"the epoch's trie cannot be written to {folder} ({error}): set TMPDIR") from error
+        folder = await self._epochs.write(bundle)
         sent = (one.use_catalog(bundle.catalog_id, folder) for one in self._replicas)
         failures = [one for one in await asyncio.gather(*sent, return_exceptions=True) if one is not None]
         if failures:  # all of them or none
@@ -163,14 +145,12 @@ class VllmEngine:
     async def retire_catalog(self, catalog_id: str) -> None:
         """Every replica forgets the epoch."""
         await asyncio.gather(*(one.retire_catalog(catalog_id) for one in self._replicas))
-        if self._epochs_folder is not None:
-            await asyncio.to_thread(shutil.rmtree, Path(self._epochs_folder.name) / catalog_id, ignore_errors=True)
+        await self._epochs.remove(catalog_id)
 
     async def stop(self) -> None:
         """Answer what is being decoded, refuse the rest, end the processes."""
         await asyncio.gather(*(one.stop() for one in self._replicas))
-        if self._epochs_folder is not None:
-            await asyncio.to_thread(self._epochs_folder.cleanup)
+        await self._epochs.close()
 
     def _replica_for(self, request: DecodeRequest) -> "_Replica":
         """The one that the prompt's head belongs to, unless it is down, swapped or clearly busier than another."""
@@ -212,23 +192,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Beam:
-    """A captured prompt waiting for its search."""
-
-    request: BeamRequest
-    catalog_id: str
-    forced: tuple[tuple[int, ...], ...]
-    bitmap: RankBitmap | None
-
-
-@dataclass(frozen=True)
-class _Found:
-    ranks: Ranks
-    scores: npt.NDArray[np.float32]
-    propensity: npt.NDArray[np.float64] | None
-
-
 class _Replica:
     """One `AsyncLLM`: made, watched, made anew."""
 
@@ -250,11 +213,11 @@ class _Replica:
         self._is_empty.set()
         self._watch: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[Any]] = set()
-        self._batcher: Batcher[_Beam, _Found] = Batcher(
+        self._batcher: Batcher[Search, Found] = Batcher(
             "vLLM engine",
             self._run_beams,
             max_batch=config.max_batch,
-            group=lambda beam: (beam.catalog_id, beam.forced),
+            group=lambda search: (search.catalog_id, search.forced),
             on_batch=metrics.engine_batch_size.observe,
         )
         self._state: str | None = "the vLLM engine is starting"
@@ -389,7 +352,7 @@ class _Replica:
             await self._prefill(prompt, key, room_for(steps.forced, wire.num_beams))
             self._metrics.engine_prefill_seconds.observe(time.monotonic() - thought_at)
             found = await self._batcher.submit(
-                _Beam(wire, request.catalog_id, steps.forced, request.item_filter.bitmap)
+                Search(wire, request.catalog_id, steps.forced, request.item_filter.bitmap)
             )
         except asyncio.CancelledError:
             self._in_background(self._drop(key))
@@ -469,23 +432,19 @@ class _Replica:
         except Exception as error:
             raise EngineUnavailableError(f"vLLM: {error}") from error
 
-    async def _run_beams(self, beams: Sequence[_Beam]) -> Sequence[_Found | Exception]:
-        answers = await self._ask(beams)
-        unknown = [place for place, answer in enumerate(answers) if answer.get("error") == "unknown_bitmap"]
-        if unknown:
-            for bitmap in {b.digest: b for b in (beams[place].bitmap for place in unknown) if b is not None}.values():
-                with suppress(EngineError):  # then the answer stays that the bitmap is not known
-                    await self._rpc("sid_bitmap", beams[0].catalog_id, bitmap.digest, pack_bitmap(bitmap))
-            for place, answer in zip(unknown, await self._ask([beams[place] for place in unknown]), strict=True):
-                answers[place] = answer
-        for answer in answers:
-            if "error" in answer:
-                self._metrics.engine_request_errors.labels(answer["error"]).inc()
-        return [_found(answer) for answer in answers]
+    async def _run_beams(self, searches: Sequence[Search]) -> Sequence[Found | Exception]:
+        async def ask(places: Sequence[int]) -> list[dict[str, Any]]:
+            return await self._ask([searches[place] for place in places])
 
-    async def _ask(self, beams: Sequence[_Beam]) -> list[dict[str, Any]]:
-        requests = [beam.request.as_wire() for beam in beams]
-        report = (await self._rpc("sid_beam", beams[0].catalog_id, [list(f) for f in beams[0].forced], requests))[0]
+        async def send_bitmap(catalog_id: str, digest: str, packed: bytes) -> None:
+            await self._rpc("sid_bitmap", catalog_id, digest, packed)
+
+        return await answered(searches, ask, send_bitmap, self._metrics)
+
+    async def _ask(self, searches: Sequence[Search]) -> list[dict[str, Any]]:
+        requests = [search.request.as_wire() for search in searches]
+        forced = [list(tokens) for tokens in searches[0].forced]
+        report = (await self._rpc("sid_beam", searches[0].catalog_id, forced, requests))[0]
         self._metrics.count_beam_work(report["steps"], report["beams"], report["closed_beams"], report["masked_share"])
         self._metrics.engine_beam_seconds.observe(report["seconds"])
         self._metrics.engine_captures.set(report["num_captures"])
@@ -666,20 +625,6 @@ async def _made_in_thread(bundle: Bundle, config: VllmEngineConfig) -> "AsyncLLM
 
 def _nothing_more(timeout: float | None = None) -> None:
     """What has been shut down."""
-
-
-def _found(answer: dict[str, Any]) -> _Found | Exception:
-    if "error" not in answer:
-        ranks = np.frombuffer(answer["ranks"], RANK_DTYPE).astype(np.int64)
-        propensity = answer["propensity"]
-        return _Found(
-            ranks,
-            np.frombuffer(answer["scores"], SCORE_DTYPE),
-            None if propensity is None else np.frombuffer(propensity, PROPENSITY_DTYPE),
-        )
-    text = f"{answer['error']}: {answer['message']}"
-    is_ours = answer["error"] in ("internal", "unknown_capture", "unknown_catalog", "unknown_bitmap")
-    return EngineUnavailableError(text) if is_ours else EngineError(text)
 
 
 async def _forget_prefixes(llm: "AsyncLLM") -> None:

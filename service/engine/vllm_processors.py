@@ -38,8 +38,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import interface as v2
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import ROOT, Children, SidTrie, UnknownPrefixError
-from service.engine.vllm_store import STORE, CatalogSnapshot, SidStore
-from service.engine.vllm_wire import SidRequestError, WireFilter, pack_ranks
+from service.engine.store import STORE, CatalogSnapshot, SidStore
+from service.engine.wire import SidRequestError, WireFilter, pack_ranks
 
 log = structlog.get_logger(__name__)
 

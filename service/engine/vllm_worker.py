@@ -20,16 +20,14 @@ from vllm.v1.worker.gpu_worker import Worker
 from semantic_ids.decoding.beam import BeamWork, ScoredItems, constrained_beam
 from semantic_ids.filters import ItemFilter
 from service.engine.batching import run_isolated
+from service.engine.store import STORE
 from service.engine.vllm_runner import Capture, PagedState, PagedTreeDecoder
-from service.engine.vllm_store import STORE
-from service.engine.vllm_wire import (
+from service.engine.wire import (
     CAPTURE_ARG,
-    PROPENSITY_DTYPE,
-    SCORE_DTYPE,
     BeamReport,
     BeamRequest,
     SidRequestError,
-    pack_ranks,
+    pack_answer,
     room_for,
 )
 from service.logs import configure
@@ -130,7 +128,7 @@ class SidWorkerMixin:
         work = BeamWork()
         answers = self._answers(catalog_id, forced, [BeamRequest.parse(request) for request in requests], work)
         return BeamReport(
-            answers=[_as_wire(answer) for answer in answers],
+            answers=[pack_answer(answer) for answer in answers],
             steps=work.steps,
             beams=work.beams,
             closed_beams=work.closed_beams,
@@ -248,17 +246,6 @@ class _Job:
     capture: Capture
     item_filter: ItemFilter
     request: BeamRequest
-
-
-def _as_wire(answer: ScoredItems | Exception) -> dict[str, Any]:
-    if isinstance(answer, SidRequestError):
-        return answer.as_wire()
-    if isinstance(answer, Exception):
-        log.error("beam_failed", exc_info=answer)
-        return SidRequestError("internal", f"the beam failed: {type(answer).__name__}").as_wire()
-    propensity = None if answer.propensity is None else answer.propensity.astype(PROPENSITY_DTYPE).tobytes()
-    scores = answer.scores.astype(SCORE_DTYPE).tobytes()
-    return {"ranks": pack_ranks(answer.ranks), "scores": scores, "propensity": propensity}
 
 
 class SidGPUWorker(SidWorkerMixin, Worker):  # type: ignore[misc]

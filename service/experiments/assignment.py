@@ -5,7 +5,7 @@ keys differ, so the points are independent. The layer's point says which experim
 A request without a user id has no unit that would come back, so it is not assigned and counts in no experiment.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -26,11 +26,10 @@ class Assignment:
 
 
 class Assigner:
-    """Assigns users under one configuration."""
+    """Assigns users under one configuration; to experiments that are `waiting`, by name, it assigns nobody."""
 
-    def __init__(self, config: ExperimentsConfig) -> None:
-        self.config = config
-        self._layers = [_LayerPlan(layer) for layer in config.layers if layer.running()]
+    def __init__(self, config: ExperimentsConfig, waiting: Collection[str] = ()) -> None:
+        self._layers = [_LayerPlan(layer, waiting) for layer in config.layers if layer.running()]
 
     def assign(self, user_id: str | None) -> tuple[Assignment, ...]:
         """At most one assignment for each layer, in the order of the layers; none for an anonymous request."""
@@ -51,9 +50,9 @@ def merged_overrides(assignments: Iterable[Assignment]) -> VariantOverrides:
 
 
 class _LayerPlan:
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, waiting: Collection[str]) -> None:
         self._key = _hash_key("layer", layer.name)
-        self._experiments = [_ExperimentPlan(layer, experiment) for experiment in layer.running()]
+        self._experiments = [_ExperimentPlan(layer, one) for one in layer.running() if one.name not in waiting]
 
     def assign(self, unit: bytes) -> Assignment | None:
         point = _point(unit, self._key)

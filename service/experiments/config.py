@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from semantic_ids.bundle import BUNDLE_ID
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 """Of a layer, an experiment or a variant; it stands in paths, Redis keys and metric labels."""
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -44,6 +46,10 @@ class ExperimentsConfigError(ValueError):
         self.problems = tuple(problems)
 
 
+_ORDERING = frozenset({"reasoning", "diversity"})
+_WHY_NOT = "the order after the thought would be the order before it with `reasoning`, and undoes `diversity`"
+
+
 class _Model(BaseModel):
     # Strict, but for what has no type of its own in JSON: tuples and dates.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -52,16 +58,35 @@ class _Model(BaseModel):
 class VariantOverrides(_Model):
     """What a variant changes for its users; None leaves a field as the service and the request have it."""
 
-    bundle: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    bundle: Annotated[str, StringConstraints(pattern=f"^{BUNDLE_ID}$")] | None = None
     reasoning: bool | None = None
     rationale: bool | None = None
-    rerank: bool | None = None
+    rerank: bool | None = Field(
+        None, description="whether the model thinks about what it has retrieved, and orders it anew"
+    )
     beam_width: int | None = Field(None, ge=1, le=500)
     diversity: Share | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model is to think, be it before it retrieves or after."""
+        return self.reasoning is True or self.rerank is True
 
     def fields(self) -> frozenset[str]:
         """The fields that are overridden."""
         return frozenset(self.model_dump(exclude_none=True))
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        if self.rerank and (other := _ORDERING & self.wishes()):
+            raise ValueError(
+                f"`rerank: true` with {' and '.join(sorted(other))} makes no sense: {_WHY_NOT}. Override one of them"
+            )
+        return self
+
+    def wishes(self) -> frozenset[str]:
+        """The fields that are overridden by more than what is so anyway."""
+        return frozenset(name for name, value in self.model_dump(exclude_none=True).items() if value)
 
 
 class Variant(_Model):
@@ -113,6 +138,15 @@ class Experiment(_Model):
     def overridden_fields(self) -> frozenset[str]:
         """The fields that any variant overrides."""
         return frozenset().union(*(variant.overrides.fields() for variant in self.variants))
+
+    def wishes(self) -> frozenset[str]:
+        """Those of them that any variant overrides by more than what is so anyway, such as a diversity of 0."""
+        return frozenset().union(*(variant.overrides.wishes() for variant in self.variants))
+
+    def bundles(self) -> frozenset[str]:
+        """The bundles that its variants name."""
+        named = (variant.overrides.bundle for variant in self.variants)
+        return frozenset(bundle_id for bundle_id in named if bundle_id is not None)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -247,6 +281,13 @@ class ExperimentsConfig(_Model):
                     f"experiments {one.name!r} and {other.name!r} of different layers both override "
                     f"{', '.join(both)}, and a user may be in both: put them into one layer"
                 )
+            for reranks, orders in ((one, other), (other, one)):
+                if "rerank" in reranks.wishes() and (clash := sorted(_ORDERING & orders.wishes())):
+                    raise ValueError(
+                        f"experiments {reranks.name!r} (rerank) and {orders.name!r} ({', '.join(clash)}) of different "
+                        f"layers make no sense for one user, and a user may be in both: {_WHY_NOT}. Put them into "
+                        "one layer"
+                    )
         return self
 
 

@@ -21,8 +21,12 @@ SPACE = SidSpace(num_levels=4, codebook_size=256)
 NUM_NEIGHBOURS, VECTOR_DIM, MAX_HISTORY = 20, 16, 50
 
 
-def publish_small_bundle(bundles: Path, num_items: int) -> None:
-    """Random SIDs, neighbours and weights, seed 0; the model is tiny and never asked."""
+NO_ENCODER = TextEncoderIdentity(name="none", revision="none", dimension=VECTOR_DIM)
+
+
+def publish_small_bundle(bundles: Path, num_items: int, text_encoder: TextEncoderIdentity = NO_ENCODER) -> None:
+    """Random SIDs, neighbours and weights, seed 0; the model is tiny. New items get SIDs where there is an encoder."""
+    width = text_encoder.dimension
     rng = np.random.default_rng(0)
     vocabulary = SidVocabulary(SPACE, len(COMPACT_SPECIAL_TOKENS), len(COMPACT_SPECIAL_TOKENS) + SPACE.num_tokens)
     disable_progress_bar()
@@ -46,9 +50,9 @@ def publish_small_bundle(bundles: Path, num_items: int) -> None:
                 [[f"Everything > Shelf {item % 20}"] for item in range(num_items)],
             ),
             quantizer=ResidualQuantizer(
-                np.zeros(VECTOR_DIM, np.float32),
-                np.ones(VECTOR_DIM, np.float32),
-                rng.standard_normal((SPACE.num_levels, SPACE.codebook_size, VECTOR_DIM), np.float32),
+                np.zeros(width, np.float32),
+                np.ones(width, np.float32),
+                rng.standard_normal((SPACE.num_levels, SPACE.codebook_size, width), np.float32),
             ),
             neighbours=Neighbours(
                 np.arange(num_items + 1, dtype=np.int64) * NUM_NEIGHBOURS,
@@ -57,7 +61,7 @@ def publish_small_bundle(bundles: Path, num_items: int) -> None:
             ),
             vocabulary=vocabulary,
             prompt=PromptSpec(version=COMPACT_VERSION, max_history=MAX_HISTORY),
-            text_encoder=TextEncoderIdentity(name="none", revision="none", dimension=VECTOR_DIM),
+            text_encoder=text_encoder,
             model_folder=bundles.parent / "model",
             config_hash="benchmark",
             metrics={},

@@ -14,9 +14,9 @@ from vllm.config import VllmConfig
 
 from semantic_ids.codes import SidSpace, SidVocabulary
 from semantic_ids.trie import SidTrie
+from service.engine.store import CatalogSnapshot, DecodingCatalog, SidStore
 from service.engine.vllm_processors import SidArgs, SidCore, SidRowState
-from service.engine.vllm_store import CatalogSnapshot, DecodingCatalog, SidStore
-from service.engine.vllm_wire import WireFilter, pack_ranks
+from service.engine.wire import WireFilter, pack_ranks
 from tests.benchmarks.report import report
 
 SPACE = SidSpace(num_levels=4, codebook_size=256)

@@ -28,7 +28,7 @@ def modules_without_torch() -> list[str]:
         ".".join(path.parts)
         for path in paths
         if path.name not in {"__init__", "__main__"} and path.parent not in with_torch
-    ] + ["semantic_ids", "service", "service.engine.base"]
+    ] + ["semantic_ids", "service", "service.engine.base", "service.engine.local"]
 
 
 def imported(modules: list[str]) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semantic_ids.catalog import Catalog, CatalogEpoch, CatalogError, hash_ids, load_trie
+from semantic_ids.catalog import Catalog, CatalogEpoch, CatalogError, MergedCatalog, hash_ids, load_trie
 from semantic_ids.catalog_changes import (
     CatalogItem,
     ItemChanges,
@@ -368,7 +368,7 @@ def test_the_json_of_changes_is_canonical():
     changes = ItemChanges((put("é", codes=(1, 2)),), frozenset({"b", "a"}), 3)
     assert changes.to_json() == (
         '{"deleted":["a","b"],"epoch":3,"items":'
-        '[{"categories":[],"codes":[1,2],"item_id":"\\u00e9","popularity":null,"title":""}]}'
+        '[{"arrival":null,"categories":[],"codes":[1,2],"item_id":"\\u00e9","popularity":null,"title":""}]}'
     )
 
 
@@ -497,3 +497,46 @@ def test_epochs_of_many_changes_agree_with_a_build():
     epoch = base.with_changes(changes)
     assert isinstance(epoch, CatalogEpoch)
     assert observed(epoch) == observed(built_from(base.space, rows_after(base, changes)))
+
+
+steps = st.lists(st.one_of(items, st.sampled_from(IDS), st.just(None)), max_size=16)
+
+
+def numbered(changes: ItemChanges, arrivals: dict[str, int]) -> ItemChanges:
+    """The changes with arrival numbers, as the service gives them."""
+    in_order = sorted(changes.items, key=lambda item: arrivals[item.item_id])
+    numbered = tuple(dataclasses.replace(item, arrival=arrivals[item.item_id]) for item in in_order)
+    return ItemChanges(numbered, changes.deleted, changes.epoch)
+
+
+@given(steps, st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_an_epoch_on_a_merged_one_equals_that_of_all_changes(
+    tmp_path_factory: pytest.TempPathFactory, sequence: list[CatalogItem | str | None], num_items: int, seed: int
+):
+    """None in the sequence: merge here."""
+    published = random_catalog(SMALL, num_items, seed)
+    neighbours = random_neighbours(num_items, seed)
+    base: Catalog = published
+    everything, later = ItemChanges(), ItemChanges()
+    arrivals: dict[str, int] = {}
+    for number, step in enumerate([*sequence, None]):
+        if step is not None:
+            item_id = step if isinstance(step, str) else step.item_id
+            if isinstance(step, str) or item_id in everything.deleted or item_id not in arrivals:
+                arrivals[item_id] = number
+            everything, later = after([step], everything), after([step], later)
+            continue
+        try:
+            expected = published.with_changes(numbered(everything, arrivals))
+        except CatalogError:  # nothing is left
+            continue
+        epoch = base.with_changes(dataclasses.replace(numbered(later, arrivals), epoch=everything.epoch))
+        assert observed(epoch) == observed(expected)
+        for history in itertools.combinations(range(len(epoch)), 2):
+            asked = [translated(neighbours, one.translation).of_history(np.array(history)) for one in (epoch, expected)]
+            assert asked[0].tolist() == asked[1].tolist()
+        folder = tmp_path_factory.mktemp("merged") / "catalog"
+        epoch.save_merged(folder)
+        base, later = MergedCatalog.load_merged(folder, published, everything.epoch), ItemChanges()
+        assert observed(base) == observed(expected)
+        assert base.epoch == everything.epoch

@@ -46,7 +46,7 @@ from service.settings import Settings
 from tests.service.contract import served
 from tests.service.engines import instant
 from tests.service.running import PATIENT_MS, running
-from tests.service.thinking import THOUGHT
+from tests.service.thinking import RATIONALE
 from tests.service.world import ITEM_IDS, SPACE
 
 HISTORY = list(ITEM_IDS[:5])
@@ -122,7 +122,7 @@ def test_a_stream_gives_the_thought_and_then_the_answer(
     asked = {"history": HISTORY, "reasoning": "on", "include_rationale": True, "deadline_ms": PATIENT_MS}
     *thoughts, answer = call(url, method, **asked, **more)
     assert all(isinstance(thought, Thought) for thought in thoughts)
-    assert "".join(thought.text for thought in thoughts).strip() == THOUGHT
+    assert "".join(thought.text for thought in thoughts).strip() == RATIONALE
     assert isinstance(answer, answer_type)
 
 

@@ -24,13 +24,26 @@ class Engines:
         self.delay_s = delay_s
         self.made: dict[str, InstantEngine] = {}
         self.refuses: str | None = None
+        self.may_start: asyncio.Event | None = None
 
     def __call__(self, bundle: Bundle, _settings: Settings, _metrics: Metrics) -> InstantEngine:
         if bundle.bundle_id == self.refuses:
             return _Refusing(bundle)
         engine = SlowEngine(bundle, self.delay_s) if self.delay_s else InstantEngine(bundle)
+        if self.may_start is not None:
+            engine = _Waiting(bundle, self.may_start)
         self.made[bundle.bundle_id] = engine
         return engine
+
+
+class _Waiting(InstantEngine):
+    def __init__(self, bundle: Bundle, may_start: asyncio.Event) -> None:
+        super().__init__(bundle)
+        self.may_start = may_start
+
+    async def start(self) -> None:
+        await self.may_start.wait()
+        await super().start()
 
 
 class _Refusing(InstantEngine):
@@ -147,6 +160,40 @@ async def test_a_bundle_whose_engine_does_not_start_changes_nothing(
     assert await served(switching) == first
     sample = switching.state.metrics.registry.get_sample_value
     assert sample("sidrec_bundle_activations_total", {"outcome": "failed"}) == 1
+
+
+async def test_a_pointer_that_cannot_be_written_changes_nothing(
+    switching: Service, two_bundles: tuple[Path, str, str], engines: Engines
+):
+    root, first, second = two_bundles
+    (root / "current").unlink()
+    (root / "current").mkdir()
+    response = await switching.post(f"/admin/bundles/{second}/activate", {})
+    assert "cannot be written" in assert_problem(response, 409, "conflict")["detail"]
+    assert await served(switching) == first
+    async with asyncio.timeout(2):
+        while engines.made[second].problem is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert engines.made[first].problem is None
+
+
+async def test_a_start_that_its_caller_gave_up_leaves_no_engine(
+    switching: Service, two_bundles: tuple[Path, str, str], engines: Engines
+):
+    root, first, second = two_bundles
+    may_start = asyncio.Event()
+    engines.may_start = may_start
+    activation = asyncio.ensure_future(switching.state.deployments.activate(second))
+    async with asyncio.timeout(5):
+        while second not in engines.made:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    activation.cancel()
+    await asyncio.gather(activation, return_exceptions=True)
+    may_start.set()
+    async with asyncio.timeout(5):
+        while engines.made[second].problem != "stopped":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (current_id(root), await served(switching)) == (first, first)
 
 
 async def test_a_damaged_or_unknown_bundle_is_refused_by_name(switching: Service, two_bundles: tuple[Path, str, str]):

@@ -62,6 +62,7 @@ async def test_versions_name_what_is_served(service: Service, bundle: Bundle):
         "prompt": 1,
         "num_items": NUM_ITEMS,
         "metrics": {"recall@10": 0.125},
+        "beside": [],
     }
 
 

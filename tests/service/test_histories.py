@@ -192,7 +192,7 @@ async def test_namespaces_do_not_meet(redis: Redis, namespace: str):
 async def test_keys_start_with_the_prefix_and_share_the_users_hash_tag():
     assert user_keys("a{b}:c", "tenant").all() == tuple(
         f"sidrec:{{tenant:a%7Bb%7D%3Ac}}:{what}"
-        for what in ("history", "seen", "excluded", "event-ids", "import-ids", "meta")
+        for what in ("history", "seen", "excluded", "event-ids", "import-ids", "meta", "thought", "think-ahead")
     )
 
 
@@ -204,10 +204,12 @@ async def test_erase_leaves_no_key_of_the_user_and_every_key_of_others(
         every_type = [event(kind, "i", kind, user_id=user) for kind in EventType]
         await histories.record(every_type)
         await histories.import_histories([(user, [HistoryEntry("j", 0.0, EventType.CLICK)])])
+        for key in user_keys(user, namespace).all()[-2:]:  # what is not the histories' own
+            await redis.set(key, "it is there")
     keys_before = set(await redis.keys(f"*{namespace}:*"))
     assert keys_before == {*user_keys(user_id, namespace).all(), *user_keys("bystander", namespace).all()}
 
-    assert await histories.erase(user_id) == 6
+    assert await histories.erase(user_id) == 8
     assert set(await redis.keys(f"*{namespace}:*")) == set(user_keys("bystander", namespace).all())
     assert await histories.erase(user_id) == 0
     assert await histories.load(user_id) == UserState([], 0, frozenset(), frozenset())
@@ -216,12 +218,14 @@ async def test_erase_leaves_no_key_of_the_user_and_every_key_of_others(
 async def test_the_time_to_live_covers_every_key_and_follows_the_setting(redis: Redis, namespace: str):
     mortal = Histories(redis, namespace=namespace, ttl_s=1_000)
     await mortal.record([event(kind, "i", kind) for kind in EventType])
-    keys = await redis.keys(f"*{namespace}:*")
+    await redis.set(user_keys("u", namespace).thought, "it is there", ex=10)
+    keys = [key for key in await redis.keys(f"*{namespace}:*") if key != user_keys("u", namespace).thought]
     assert len(keys) == 5
     assert all([990 < await redis.ttl(key) <= 1_000 for key in keys])
 
     await Histories(redis, namespace=namespace).record([event("next", "i")])
     assert all([await redis.ttl(key) == -1 for key in keys])
+    assert 0 < await redis.ttl(user_keys("u", namespace).thought) <= 10, "a thought has a time of its own"
 
 
 @pytest.mark.parametrize("settings", [{"max_stored": 0}, {"max_stored": 10, "max_event_ids": 9}, {"ttl_s": 0}])

@@ -318,6 +318,28 @@ async def test_a_change_is_seen_on_another_replica_within_a_second(bundles: Path
         assert versions[0] == versions[1]
 
 
+async def test_replicas_that_assign_sids_at_the_same_moment_choose_different_ones(bundles: Path, redis_url: str):
+    """Items with one and the same text: every replica would choose the same SIDs for them."""
+    settings = Settings(bundles=bundles, redis_url=redis_url)
+    async with running(settings, instant) as one, running(settings, instant) as two:
+        await put(one, "warm", title="Loads the encoder")
+        puts = [
+            put(replica, f"{at}-{number}", title="Alike")
+            for number in range(12)
+            for at, replica in enumerate((one, two))
+        ]
+        answers = [answer.json() for answer in await asyncio.gather(*puts)]
+        sids = {answer["item_id"]: answer["sid"] for answer in answers}
+        assert len(sids) == len(set(sids.values())) == 24
+        for item_id, placed in sids.items():
+            assert (await get(two, item_id)).json()["sid"] == placed
+        await delete(one, "0-0")
+        again = (await put(two, "again", title="Alike")).json()["sid"]
+        assert again not in set(sids.values()) - {sids["0-0"]}
+        shared = await put(two, "on-purpose", title="Alike", sid=sids["0-1"])
+        assert shared.json()["sid"] == sids["0-1"], "a client may put two items under one SID"
+
+
 async def test_a_replica_that_missed_the_stream_reads_everything_anew(bundles: Path, redis_url: str):
     settings = Settings(bundles=bundles, redis_url=redis_url)
     async with running(settings, instant) as one, running(settings, instant) as two:

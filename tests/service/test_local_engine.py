@@ -1,7 +1,11 @@
 """The local engine by itself: batches, cancellation, failures, and an event loop that stays free."""
 
 import asyncio
+import gc
+import os
+import signal
 import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,7 +16,8 @@ import numpy as np
 import pytest
 
 from semantic_ids.bundle import Bundle, publish
-from semantic_ids.filters import ItemFilter
+from semantic_ids.catalog_changes import CatalogItem, ItemChanges
+from semantic_ids.filters import ItemFilter, RankBitmap
 from semantic_ids.prompt import HistoryItem
 from service.engine.base import (
     Code,
@@ -68,6 +73,20 @@ def random_request(bundle: Bundle, rng: np.random.Generator) -> DecodeRequest:
         item_filter=ItemFilter.of(NUM_ITEMS, deny=rng.integers(0, NUM_ITEMS, rng.integers(0, 200))),
         width=int(rng.integers(1, 120)),
     )
+
+
+async def made_anew(engine: LocalEngine, old_pid: int) -> None:
+    """Wait until another process than the killed one decodes."""
+    async with asyncio.timeout(20):
+        while engine.problem is not None or engine.pid in (None, old_pid):  # noqa: ASYNC110 - no event says so
+            await asyncio.sleep(0.01)
+
+
+async def killed_and_made_anew(engine: LocalEngine) -> None:
+    pid = engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await made_anew(engine, pid)
 
 
 def assert_same(one: DecodeResult, other: DecodeResult) -> None:
@@ -157,6 +176,78 @@ async def test_stop_answers_the_running_batch_and_fails_the_waiting(bundle: Bund
     await engine.stop()
 
 
+async def test_a_stopped_engine_and_its_bundle_and_process_go_at_once(bundles: Path):
+    """Nothing of it waits for a full collection: each activation would leave open files behind."""
+    bundle: Bundle | None = Bundle.load_current(bundles)
+    assert bundle is not None
+    async with started(bundle) as engine:
+        await engine.decode(request(bundle))
+        kept = [weakref.ref(one) for one in (engine, bundle, bundle.catalog.trie)]
+        pid = engine.pid
+    gc.disable()
+    try:
+        del engine
+        bundle = None
+        await asyncio.sleep(0)
+        assert [one() for one in kept] == [None] * len(kept)
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    finally:
+        gc.enable()
+
+
+async def test_a_killed_process_fails_its_batch_alone_and_is_made_anew(bundle: Bundle):
+    async with started(bundle, max_batch=1) as engine:
+        expected = await engine.decode(request(bundle))
+        pid = engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        caught = asyncio.ensure_future(engine.decode(request(bundle)))
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineUnavailableError, match="died while it worked"):
+            await caught
+        assert engine.problem is not None
+        with pytest.raises(EngineUnavailableError):
+            await engine.decode(request(bundle))
+        await made_anew(engine, pid)
+        assert_same(await engine.decode(request(bundle)), expected)
+
+
+async def test_a_new_process_knows_the_epochs_of_the_old_one(bundle: Bundle):
+    item = CatalogItem("new", "New", (), tuple(bundle.catalog.codes[0].tolist()))
+    later = replace(bundle, catalog=bundle.catalog.with_changes(ItemChanges((item,), frozenset(), 1)))
+    asked = replace(request(bundle), catalog_id=later.catalog_id, item_filter=ItemFilter.of(len(later.catalog)))
+    async with started(bundle) as engine:
+        await engine.use_catalog(later)
+        expected = await engine.decode(asked)
+        await killed_and_made_anew(engine)
+        assert_same(await engine.decode(asked), expected)
+        await engine.retire_catalog(later.catalog_id)
+        with pytest.raises(EngineError, match="the engine has"):
+            await engine.decode(asked)
+
+
+async def test_a_category_bitmap_is_sent_once_and_again_to_a_new_process(bundle: Bundle):
+    bitmap = RankBitmap.of(np.arange(NUM_ITEMS) % 3 == 0)
+    filtered = request(bundle, item_filter=ItemFilter.of(NUM_ITEMS, bitmap=bitmap), width=NUM_ITEMS)
+    metrics = Metrics()
+    engine = LocalEngine(bundle, LocalEngineConfig(), metrics)
+    await engine.start()
+
+    def unknown() -> float:
+        return metrics.registry.get_sample_value("sidrec_engine_request_errors_total", {"kind": "unknown_bitmap"}) or 0
+
+    for _ in range(2):
+        result = await engine.decode(filtered)
+        assert sorted(result.ranks.tolist()) == list(range(0, NUM_ITEMS, 3))
+    assert unknown() == 0  # what is mended is no error
+    await killed_and_made_anew(engine)
+    assert sorted((await engine.decode(filtered)).ranks.tolist()) == list(range(0, NUM_ITEMS, 3))
+    await engine.stop()
+
+
 async def test_before_its_start_it_is_not_ready_and_refuses(bundle: Bundle):
     engine = LocalEngine(bundle, LocalEngineConfig(), Metrics())
     assert engine.problem is not None
@@ -175,7 +266,7 @@ async def test_a_request_that_fails_does_not_take_its_batch_down(bundle: Bundle)
         results = await asyncio.gather(*map(engine.decode, crowd), return_exceptions=True)
         failure = results.pop(5)
         assert isinstance(failure, EngineUnavailableError)
-        assert str(failure) == "decoding failed: IndexError"
+        assert str(failure) == "internal: decoding failed: IndexError"
         for result in results:
             assert isinstance(result, DecodeResult)
             assert_same(result, expected)

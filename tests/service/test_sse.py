@@ -25,7 +25,7 @@ from service.settings import Settings
 from service.sse import EventStream, Work, prefers_events
 from tests.service.engines import InstantEngine, failing
 from tests.service.running import PATIENT_MS, Service, assert_problem, running, until
-from tests.service.thinking import THOUGHT, THOUGHT_IDS, thinking_service
+from tests.service.thinking import PIECES, RATIONALE, THOUGHT_IDS, thinking_service
 from tests.service.world import ITEM_IDS, ids_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -160,7 +160,7 @@ class GatedEngine(InstantEngine):
             raise
         if self.error is not None:
             raise self.error
-        return replace(await super().decode(request), thought=THOUGHT_IDS)
+        return replace(await super().decode(request), thought=THOUGHT_IDS, thought_end="closed")
 
     def let(self, count: int) -> None:
         """Let so many steps happen: tokens, and then the answer."""
@@ -194,9 +194,9 @@ class TestEvents:
         assert names == ["thought"] * (len(names) - 1) + ["answer"]
         assert all(set(data) == {"text"} and data["text"] for name, data in events if name == "thought")
         pieces = [data["text"] for _, data in events[:-1]]
-        assert pieces == [*THOUGHT[:-5], "<a_1>"], "each as it comes, and a character only when its bytes are there"
+        assert pieces == list(PIECES), "each sentence as it comes, and without the last one, which invents a SID"
         answer = events[-1][1]
-        assert answer["rationale"] == THOUGHT
+        assert answer["rationale"] == RATIONALE
         plain = (await thinking.post(path, body)).json()
         assert set(answer) == set(plain)
         assert answer["items"] == plain["items"]
@@ -225,9 +225,9 @@ class TestEvents:
     async def test_the_first_thought_is_sent_when_there_is_one(self, thinking_settings: Settings):
         async with gated(thinking_settings) as (service, engine), exchange(service.app, "/recommend", THINKING) as one:
             for number in (1, 2):
-                engine.let(1)
+                engine.let(4)  # a sentence is over when white space follows
                 await until(lambda number=number: len(one.events) == number)  # type: ignore[misc]
-                assert one.events[-1] == ("thought", {"text": THOUGHT[number - 1]})
+                assert one.events[-1] == ("thought", {"text": PIECES[number - 1]})
                 assert in_flight(service) == 1
             engine.let(len(THOUGHT_IDS))
             await until(lambda: one.is_over)
@@ -237,7 +237,7 @@ class TestEvents:
     async def test_it_is_one_request_to_the_metrics_with_all_its_time(self, thinking_settings: Settings):
         async with gated(thinking_settings) as (service, engine):
             async with exchange(service.app, "/recommend", THINKING) as one:
-                engine.let(1)
+                engine.let(4)
                 await until(lambda: one.status is not None)
                 await asyncio.sleep(0.3)
                 assert num_requests(service, 200) is None
@@ -254,7 +254,7 @@ class TestEvents:
         async with gated(thinking_settings, EngineUnavailableError("it is a test")) as (service, engine):
             engine.let(len(THOUGHT_IDS) + 1)
             _, events = await stream(service, "/recommend", THINKING)
-        assert "".join(data["text"] for _, data in events[:-1]) == THOUGHT
+        assert "".join(data["text"] for _, data in events[:-1]) == RATIONALE
         assert (events[-1][0], events[-1][1]["reason"]) == ("answer", "engine_unavailable")
         assert events[-1][1]["rationale"] is None
 
@@ -303,7 +303,7 @@ class TestDeparture:
         async with gated(thinking_settings) as (service, engine):
             async with exchange(service.app, "/recommend", THINKING) as one:
                 await until(lambda: in_flight(service) == 1)
-                engine.let(num_events)
+                engine.let(4 * num_events)
                 await until(lambda: len(one.events) == num_events)
                 one.has_left.set()
             assert engine.was_cancelled
@@ -315,7 +315,8 @@ class TestDeparture:
         settings = Settings(bundles=endless.path.parent, data_dir=tmp_path / "redis")
         async with thinking_service(settings, ThinkingLimits(7_000, 50.0)) as service:
             async with exchange(service.app, "/recommend", THINKING) as one:
-                await until(lambda: len(one.events) > 1)
+                await until(lambda: in_flight(service) == 1)
+                await asyncio.sleep(0.3)  # it thinks, and nothing of what it thinks may be shown
                 one.has_left.set()
             async with asyncio.timeout(2):
                 answer = await service.recommend(history=HISTORY)
@@ -327,10 +328,10 @@ class TestDeparture:
     async def test_over_a_real_socket(self, thinking_settings: Settings):
         async with gated(thinking_settings) as (service, engine), listening(service.app) as url:
             async with httpx.AsyncClient(base_url=url) as client:
-                engine.let(1)
+                engine.let(4)
                 async with client.stream("POST", "/recommend", json=THINKING, headers={"accept": EVENTS}) as response:
                     first = await anext(response.aiter_text())
-                    assert parse(first) == [("thought", {"text": THOUGHT[0]})]
+                    assert parse(first) == [("thought", {"text": PIECES[0]})]
                 await until(lambda: engine.was_cancelled)
                 await until(lambda: in_flight(service) == 0)
                 engine.let(100)

@@ -1,5 +1,6 @@
 """Celery: SIDs for new items, in this process and through a real worker with a real broker."""
 
+import asyncio
 import importlib
 import os
 import socket
@@ -20,9 +21,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from semantic_ids.bundle import Bundle, publish
 from semantic_ids.quantizer import DenseLayer, ResidualQuantizer
+from service.celery_app import ENCODE_QUEUE, THINK_QUEUE, make_celery
+from service.redis_keys import user_keys
 from service.settings import Settings
-from service.tasks import ENCODE_QUEUE, NewItem, make_celery
-from tests.service.world import BY_ID, ENCODER_DIMENSION, ITEM_IDS, SPACE, make_parts
+from service.tasks import NewItem
+from tests.service.running import running
+from tests.service.thinking import RATIONALE
+from tests.service.world import BY_ID, ENCODER_DIMENSION, ITEM_IDS, SPACE, make_parts, scores_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,9 +94,12 @@ def test_a_known_item_is_refused(tasks: ModuleType):
         tasks.assign_sids([NEW_ITEMS[0], new_item(ITEM_IDS[0], "Old"), new_item(ITEM_IDS[1], "Old")])
 
 
-def test_the_task_goes_to_its_own_queue_as_json():
+def test_each_task_goes_to_its_own_queue_as_json():
     conf = make_celery(Settings()).conf
-    assert conf.task_routes == {"sidrec.assign_sids": {"queue": ENCODE_QUEUE}}
+    assert conf.task_routes == {
+        "sidrec.assign_sids": {"queue": ENCODE_QUEUE},
+        "sidrec.think_ahead": {"queue": THINK_QUEUE},
+    }
     assert (conf.task_serializer, conf.result_serializer, conf.accept_content) == ("json", "json", ["json"])
     assert conf.task_acks_late
 
@@ -126,20 +134,33 @@ def _answers(client: Redis) -> bool:
         return False
 
 
-def test_a_worker_does_it_end_to_end(broker: str, bundles: Path, bundle: Bundle, tmp_path: Path):
+@contextmanager
+def worker(queue: str, broker: str, log_path: Path, **environment: str) -> Iterator[None]:
+    """A real one; what it logged is told of whatever fails meanwhile."""
+    command = [sys.executable, "-m", "celery", "-A", "service.tasks", "worker", "--queues", queue]
     addresses = {"SIDREC_CELERY_BROKER_URL": f"{broker}/1", "SIDREC_CELERY_RESULT_URL": f"{broker}/2"}
-    command = [sys.executable, "-m", "celery", "-A", "service.tasks", "worker", "--queues", ENCODE_QUEUE]
-    log_path = tmp_path / "worker.log"
     with (
         log_path.open("wb") as log,
         subprocess.Popen(
             [*command, "--concurrency", "1", "--pool", "solo", "--loglevel", "info", "--without-gossip"],
             cwd=ROOT,
-            env=os.environ | addresses | {"SIDREC_BUNDLES": str(bundles), "OMP_NUM_THREADS": "1"},
+            env=os.environ | addresses | {"OMP_NUM_THREADS": "1"} | environment,
             stdout=log,
             stderr=log,
-        ) as worker,
+        ) as process,
     ):
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(log_path.read_text())
+            raise
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def test_a_worker_does_it_end_to_end(broker: str, bundles: Path, bundle: Bundle, tmp_path: Path):
+    with worker(ENCODE_QUEUE, broker, tmp_path / "worker.log", SIDREC_BUNDLES=str(bundles)):
         client = make_celery(Settings(celery_broker_url=f"{broker}/1", celery_result_url=f"{broker}/2"))
         try:
             result = client.send_task("sidrec.assign_sids", [NEW_ITEMS])
@@ -147,10 +168,26 @@ def test_a_worker_does_it_end_to_end(broker: str, bundles: Path, bundle: Bundle,
             assert_new_sids(result.get(timeout=90), bundle)
             with pytest.raises(ValueError, match="only new items get SIDs here"):
                 refused.get(timeout=30)
-        except BaseException as error:
-            error.add_note(log_path.read_text())
-            raise
         finally:
             client.close()
-            worker.terminate()
-            worker.wait(timeout=30)
+
+
+async def test_a_worker_thinks_ahead_so_that_the_next_rationale_is_there(
+    broker: str, reciting: Bundle, tmp_path: Path, user_id: str
+):
+    data_dir, bundles = tmp_path / "redis", reciting.path.parent
+    settings = Settings(bundles=bundles, data_dir=data_dir, think_ahead=True, celery_broker_url=f"{broker}/1")
+    async with running(settings) as service:
+        with worker(THINK_QUEUE, broker, tmp_path / "log", SIDREC_BUNDLES=str(bundles), SIDREC_DATA_DIR=str(data_dir)):
+            await service.clicks(user_id, *ITEM_IDS[:3])
+            for _ in range(900):
+                if await service.state.redis.exists(user_keys(user_id).thought):
+                    break
+                await asyncio.sleep(0.1)
+        answer = await service.recommend(user_id=user_id, include_rationale=True)
+        thinking = await service.recommend(user_id=user_id, reasoning="on", include_rationale=True)
+        hits = service.state.metrics.registry.get_sample_value("sidrec_thought_cache_total", {"outcome": "hit"})
+        assert await service.state.redis.get(user_keys(user_id).think_ahead) is None
+    assert answer["rationale"] == thinking["rationale"] == RATIONALE
+    assert scores_of(answer) == scores_of(thinking)
+    assert hits == 2

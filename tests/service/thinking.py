@@ -19,7 +19,10 @@ from service.settings import Settings
 from tests.service.running import Service, running
 from tests.service.world import MAX_HISTORY, SPACE, make_model, make_parts
 
-THOUGHT = "Teé🍵!<a_1>"
+PIECES = ("Te.", " é!", "\t🍵?")
+RATIONALE = "".join(PIECES)
+"""What may be shown of the thought below, sentence by sentence: its last one names a SID that is none."""
+THOUGHT = RATIONALE + "\r<a_1>"
 """Recited token by token: letters, bytes of longer characters, and a code of a SID. No token comes twice."""
 MAX_POSITIONS = 8192
 

@@ -5,7 +5,7 @@ disagree.
 """
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -140,8 +140,13 @@ def make_model(**config: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**defaults | config))
 
 
-def make_parts(folder: Path, *, weight: float | None = None, **config: int) -> BundleParts:
-    """What training would hand over; `weight` overwrites every weight of the model, `config` its sizes."""
+def make_parts(
+    folder: Path, *, weight: float | None = None, items: Sequence[Item] = ITEMS, **config: int
+) -> BundleParts:
+    """What training would hand over; `weight` overwrites every weight of the model, `config` its sizes.
+
+    `items` are as many as `ITEMS`.
+    """
     model = make_model(**config)
     if weight is not None:
         with torch.no_grad():
@@ -150,7 +155,7 @@ def make_parts(folder: Path, *, weight: float | None = None, **config: int) -> B
     model.save_pretrained(folder)
     rng = np.random.default_rng(0)
     return BundleParts(
-        catalog=_catalog(ITEMS),
+        catalog=_catalog(items),
         quantizer=ResidualQuantizer(
             np.zeros(ENCODER_DIMENSION, np.float32),
             np.full(ENCODER_DIMENSION, 0.05, np.float32),

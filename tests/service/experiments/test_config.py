@@ -32,7 +32,7 @@ layers:
         traffic: [0, 1]
         variants:
           - {name: control, control: true}
-          - {name: new, overrides: {bundle: 20261122-abc, rerank: true}}
+          - {name: new, overrides: {bundle: 20261122T100000Z-0123456789ab, rerank: false}}
 """.replace("name: off", 'name: "off"')
 
 
@@ -87,6 +87,7 @@ def test_json_gives_it_back(tmp_path):
     assert ExperimentsConfig.model_validate(json.loads(config.model_dump_json())) == config
 
 
+_OVERRIDES = "layers[0].experiments[0].variants[1].overrides"
 BROKEN = [
     ("traffic: [0, 0.1]", "traffic: [0, 1.5]", "layers[0].experiments[0].traffic[1]", "less than or equal to 1"),
     ("traffic: [0, 0.1]", "traffic: [0.1, 0.1]", "layers[0].experiments[0]", "traffic [0.1, 0.1) is empty"),
@@ -105,7 +106,16 @@ BROKEN = [
     ("name: models", "name: decoding", "", "more than one layer is named 'decoding'"),
     ("10:00:00Z", "10:00:00", "layers[0].experiments[0].started_at", "timezone"),
     ("salt: second try", "salt: new-bundle", "", "share the salt 'new-bundle'"),
-    ("rerank: true", "beam_width: 5", "", "'wide-beam' and 'new-bundle' of different layers both override beam_width"),
+    ("rerank: false", "beam_width: 5", "", "'wide-beam' and 'new-bundle' of different layers both override beam_width"),
+    ("rerank: false", "rerank: true", "", "experiments 'new-bundle' (rerank) and 'thought' (reasoning) of different"),
+    ("diversity: 0", "diversity: 0.5, rerank: true", _OVERRIDES, "`rerank: true` with diversity makes no sense"),
+    ("diversity: 0", "reasoning: true, rerank: true", _OVERRIDES, "`rerank: true` with reasoning makes no sense"),
+    (
+        "bundle: 20261122T100000Z-0123456789ab",
+        "bundle: ../x",
+        "layers[1].experiments[0].variants[1].overrides.bundle",
+        "pattern",
+    ),
 ]
 
 

@@ -139,7 +139,7 @@ async def test_an_erased_user_leaves_no_count(service: Service):
         ({"traffic": [0.5, 0.2]}, ""),
         (
             {"variants": [{"name": "a", "control": True}, {"name": "b", "overrides": {"bundle": "x"}}]},
-            "default.wide.bundle",
+            "variants.1.overrides.bundle",
         ),
     ],
 )

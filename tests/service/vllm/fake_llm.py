@@ -19,9 +19,9 @@ import numpy as np
 
 from semantic_ids.bundle import Bundle
 from service.engine import vllm_engine
+from service.engine.store import SidStore
 from service.engine.vllm_engine import VllmEngineConfig
-from service.engine.vllm_store import SidStore
-from service.engine.vllm_wire import (
+from service.engine.wire import (
     CAPTURE_ARG,
     SCORE_DTYPE,
     BeamReport,

@@ -36,7 +36,7 @@ from service.engine.base import (
 from service.engine.local import LocalEngine, LocalEngineConfig
 from service.engine.vllm_engine import VllmEngine, VllmEngineConfig
 from service.engine.vllm_processors import SID_ARG, SidArgs
-from service.engine.vllm_wire import BeamRequest, WireFilter
+from service.engine.wire import BeamRequest, WireFilter
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.running import Service, running
@@ -437,12 +437,14 @@ async def test_over_http_it_recommends_thinks_and_streams_and_the_fallback_answe
     async with running(settings, lambda _bundle, _settings, _metrics: Lent(vllm_engine)) as service:
         answer = await service.recommend(**asked)
         assert (answer["source"], len(answer["items"])) == ("model", 7)
-        assert answer["rationale"]
+        assert answer["timings_ms"]["reasoning"] > 0
+        cuts = {"kind": "sid"}  # a random model names random SIDs
+        assert service.state.metrics.registry.get_sample_value("sidrec_rationale_cuts_total", cuts)
         assert not {item["item_id"] for item in answer["items"]} & set(ITEM_IDS[:5])
         streamed = await service.post("/recommend", asked | {"deadline_ms": 60_000}, accept="text/event-stream")
         events = [block.split("\n", 1)[0] for block in streamed.text.strip().split("\n\n")]
-        assert events[0] == "event: thought"
         assert events[-1] == "event: answer"
+        assert set(events[:-1]) <= {"event: thought"}
         await kill(vllm_engine, service, asked, metrics)
 
 

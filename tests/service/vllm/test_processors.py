@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.legal import legal_log_softmax
 from semantic_ids.filters import ItemFilter, RankBitmap
+from service.engine.store import MAX_ERRORS, STORE, CatalogSnapshot, SidStore
 from service.engine.vllm_processors import (
     SID_ARG,
     SidArgs,
@@ -34,8 +35,7 @@ from service.engine.vllm_processors import (
     SidRowState,
     processor_path,
 )
-from service.engine.vllm_store import MAX_ERRORS, STORE, CatalogSnapshot, SidStore
-from service.engine.vllm_wire import SidRequestError, WireFilter, pack_bitmap, pack_ranks
+from service.engine.wire import SidRequestError, WireFilter, pack_bitmap, pack_ranks
 from tests.service.world import SPACE, VOCABULARY
 
 V = VOCABULARY.vocab_size

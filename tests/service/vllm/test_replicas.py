@@ -24,7 +24,7 @@ from service.engine.base import (
     sid_program,
 )
 from service.engine.vllm_engine import AFFINITY_TOKENS, VllmEngine, VllmEngineConfig, affinity
-from service.engine.vllm_wire import ErrorKind
+from service.engine.wire import ErrorKind
 from service.metrics import Metrics
 from tests.service.thinking import CLOSE
 from tests.service.vllm.bundles import with_other_catalog

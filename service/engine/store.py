@@ -1,7 +1,7 @@
-"""Catalogues by id and bitmaps by name, inside vLLM's engine process: what its worker and its processors read.
+"""Catalogues by id and bitmaps by name, inside an engine's process: what requests name there.
 
-vLLM makes both by name in a process of its own, so they meet in this module's `STORE`. A catalogue is memory-mapped
-from disk, a bundle's own or the trie of a live epoch: nothing large crosses between the processes.
+A catalogue is memory-mapped from disk, a bundle's own or the trie of a live epoch: nothing large crosses between the
+processes. vLLM makes its worker and its processors by name, so they meet in this module's `STORE`.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from semantic_ids.catalog import load_trie
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.filters import ItemFilter, RankBitmap
 from semantic_ids.trie import SidTrie
-from service.engine.vllm_wire import SidRequestError, WireFilter, unpack_bitmap, unpack_ranks
+from service.engine.wire import SidRequestError, WireFilter, unpack_bitmap, unpack_ranks
 
 MAX_BITMAPS = 256
 MAX_ERRORS = 4096
@@ -49,7 +49,10 @@ class SidStore:
 
     def load(self, bundle_path: Path) -> str:
         """Map a bundle's catalogue; its id, also when it was there already."""
-        bundle = Bundle.load(bundle_path)
+        return self.add(Bundle.load(bundle_path))
+
+    def add(self, bundle: Bundle) -> str:
+        """Keep a loaded bundle's catalogue; its id."""
         catalog_id = bundle.catalog_id
         catalog = DecodingCatalog(bundle.catalog.trie)
         self._catalogs.setdefault(catalog_id, CatalogSnapshot(catalog_id, catalog, bundle.vocabulary))
@@ -124,4 +127,4 @@ class SidStore:
 
 
 STORE = SidStore()
-"""The one of this process."""
+"""The one of vLLM's process."""

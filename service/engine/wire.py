@@ -1,18 +1,24 @@
-"""What crosses between the service and vLLM's engine process: natives and bytes, and the errors by name.
+"""What crosses between the service and an engine's process: natives and bytes, and the errors by name.
 
 Ranks travel as little-endian uint32, a category bitmap once, packed to a bit an item and named by its content.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.filters import ItemFilter, RankBitmap
 from semantic_ids.trie import Ranks
+
+if TYPE_CHECKING:
+    from semantic_ids.decoding.beam import ScoredItems
+
+log = structlog.get_logger(__name__)
 
 RANK_DTYPE = np.dtype("<u4")
 SCORE_DTYPE = np.dtype("<f4")
@@ -133,6 +139,18 @@ class BeamReport:
     def as_wire(self) -> dict[str, Any]:
         """Natives only."""
         return asdict(self)
+
+
+def pack_answer(answer: "ScoredItems | Exception") -> dict[str, Any]:
+    """What one search found, or why it failed; a fault of our own goes into this process's log."""
+    if isinstance(answer, SidRequestError):
+        return answer.as_wire()
+    if isinstance(answer, Exception):
+        log.error("beam_failed", exc_info=answer)
+        return SidRequestError("internal", f"decoding failed: {type(answer).__name__}").as_wire()
+    propensity = None if answer.propensity is None else answer.propensity.astype(PROPENSITY_DTYPE).tobytes()
+    scores = answer.scores.astype(SCORE_DTYPE).tobytes()
+    return {"ranks": pack_ranks(answer.ranks), "scores": scores, "propensity": propensity}
 
 
 def pack_ranks(ranks: Ranks) -> bytes:
