@@ -45,7 +45,10 @@ def item_text(title: str, categories: Sequence[str], attributes: Mapping[str, st
 class TextEncoder:
     """A loaded sentence encoder and its identity."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, local_files_only: bool = False) -> None:
+        """Load it; `TextEncoderError`. With `local_files_only` a hub model must have been downloaded before."""
+        if local_files_only:
+            _check_is_here(name)
         # The packaged model loads sentence-transformers, and that loads torch: seconds, so only where text is embedded.
         from sentence_transformers import SentenceTransformer
         from transformers.utils.logging import disable_progress_bar
@@ -53,7 +56,7 @@ class TextEncoder:
         disable_progress_bar()
         path, revision = _locate(name)
         try:
-            self._model = SentenceTransformer(str(path), device="cpu")
+            self._model = SentenceTransformer(str(path), device="cpu", local_files_only=local_files_only)
         except (OSError, ValueError) as error:
             raise TextEncoderError(
                 f"text encoder {name!r} cannot be loaded: {error}. "
@@ -66,8 +69,11 @@ class TextEncoder:
 
     @classmethod
     def of(cls, identity: TextEncoderIdentity) -> "TextEncoder":
-        """The encoder of this identity, or `TextEncoderError` if what is installed is another."""
-        encoder = cls(identity.name)
+        """The encoder of this identity; `TextEncoderError` if it is not on this machine, or another one is.
+
+        Nothing is downloaded: whoever asks waits for an answer.
+        """
+        encoder = cls(identity.name, local_files_only=True)
         if encoder.identity != identity:
             raise TextEncoderError(
                 f"the bundle's vectors come from {identity}, but here is {encoder.identity}: install that version"
@@ -88,6 +94,21 @@ class TextEncoder:
             if on_batch:
                 on_batch(len(places))
         return vectors
+
+
+def _check_is_here(name: str) -> None:
+    """`TextEncoderError` if it would have to be downloaded. Loads no torch."""
+    if name == PACKAGED_MINILM or Path(name).is_dir():
+        return
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise TextEncoderError(
+            f"text encoder {name!r} is not on this machine, and the service downloads nothing: a hub model gets here "
+            f"by `hf download {name}` (as the service's user, or with its HF_HOME), a folder has to stand at that path"
+        ) from error
 
 
 def _locate(name: str) -> tuple[Path | str, str]:

@@ -121,8 +121,10 @@ class EngineLine:
     fast as the line empties; and whoever finds the line empty is let in, so that it cannot stay shut.
     """
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, metrics: Metrics, bundle_id: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`bundle_id` is whose engine it is."""
         self._metrics = metrics
+        self._bundle_id = bundle_id
         self._clock = clock
         self._num_ahead = 0
         self._mean_s = self._mean_ahead = self._variance = self._covariance = 0.0
@@ -174,7 +176,7 @@ class EngineLine:
 
     def _check(self, left_s: float) -> None:
         predicted_s = self.predicted_s()
-        self._metrics.predicted_wait.set(predicted_s)
+        self._metrics.predicted_wait.labels(self._bundle_id).set(predicted_s)
         now = self._clock()
         if predicted_s <= _SHORT_SHARE * left_s or self._num_ahead == 0:
             self._is_long = False
@@ -195,7 +197,7 @@ class EngineLine:
 
     def _left(self) -> None:
         self._num_ahead -= 1
-        self._metrics.predicted_wait.set(self.predicted_s())
+        self._metrics.predicted_wait.labels(self._bundle_id).set(self.predicted_s())
 
     def _answered(self, num_ahead: int, seconds: float) -> None:
         self._last_progress_at = self._clock()

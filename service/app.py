@@ -27,6 +27,7 @@ from service.live_catalog import LiveCatalog
 from service.merged_catalogs import MergedCatalogs
 from service.metrics import Metrics
 from service.middleware import Instrumented
+from service.paths import EncodedPaths
 from service.rate_limits import RateLimits
 from service.recommender import Recommender, ThinkingLimits
 from service.redis_server import EmbeddedRedis, check_durability
@@ -110,6 +111,7 @@ def create_app(
     app.add_middleware(EarlyGate)
     app.add_middleware(Instrumented, metrics=metrics)
     app.add_middleware(Traced)
+    app.add_middleware(EncodedPaths)
     return app
 
 
@@ -163,7 +165,13 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
             answers=answers,
             served=served,
             thoughts=thoughts,
-            breaker=Breaker("engine", metrics, threshold=settings.breaker_failures, open_s=settings.breaker_open_s),
+            breaker=Breaker(
+                "engine",
+                metrics,
+                threshold=settings.breaker_failures,
+                open_s=settings.breaker_open_s,
+                bundle_id=bundle.bundle_id,
+            ),
         ),
         metrics,
         live,

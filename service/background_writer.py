@@ -61,6 +61,11 @@ class BackgroundWriter(Generic[T]):
         self._drop(len(self._queue))
         self._queue.clear()
 
+    @property
+    def num_waiting(self) -> int:
+        """Records that are not yet taken up."""
+        return len(self._queue)
+
     def put(self, record: T) -> None:
         """Leave a record to be written, if there is room."""
         if len(self._queue) >= self._max_queued:

@@ -36,12 +36,14 @@ class BreakerOpenError(Exception):
 class Breaker:
     """One dependency's breaker. Outcomes are counted as they come in, whatever the order of the calls."""
 
-    def __init__(self, name: str, metrics: Metrics, *, threshold: int, open_s: float) -> None:
+    def __init__(self, name: str, metrics: Metrics, *, threshold: int, open_s: float, bundle_id: str = "") -> None:
+        """`bundle_id` is whose engine it is, where it is one's."""
         self._name = name
+        self._bundle_id = bundle_id
         self._metrics = metrics
         self._context = Context(name, threshold, open_s)
         self._is_probing = False
-        self._metrics.breaker_state.labels(name).set(0)
+        self._publish()
 
     @property
     def is_closed(self) -> bool:
@@ -93,16 +95,19 @@ class Breaker:
             self._context.handle_exception(failure or RuntimeError())
             if self._context.state == OPENED:
                 self._metrics.breaker_opened.labels(self._name).inc()
-                log.warning("breaker_opened", dependency=self._name, open_s=self._context.ttl, error=str(failure))
+                log.warning("breaker_opened", **self._named(), open_s=self._context.ttl, error=str(failure))
         else:
             if not self.is_closed:
-                log.info("breaker_closed", dependency=self._name)
+                log.info("breaker_closed", **self._named())
             self._context.handle_end_request()
         self._publish()
 
+    def _named(self) -> dict[str, str]:
+        return {"dependency": self._name} | ({"bundle": self._bundle_id} if self._bundle_id else {})
+
     def _publish(self) -> None:
         self._context.messages.clear()
-        self._metrics.breaker_state.labels(self._name).set(_LEVELS[self._context.state])
+        self._metrics.breaker_state.labels(self._name, self._bundle_id).set(_LEVELS[self._context.state])
 
 
 class GuardedHistories(Histories):

@@ -346,6 +346,7 @@ class Deployments:
         del self._starting[bundle_id]
         if not task.cancelled():
             task.exception()  # looked at, also where nobody waits for it any more
+        self._forget_series(bundle_id)  # of a start that failed
 
     async def _start(self, bundle_id: str) -> Deployment:
         bundle = await asyncio.to_thread(Bundle.load, self._root / bundle_id)
@@ -471,4 +472,11 @@ class Deployments:
         await deployment.drain()
         self._ending.remove(deployment)
         await deployment.stop()
+        self._forget_series(deployment.bundle_id)
         log.info("retired", bundle=deployment.bundle_id)
+
+    def _forget_series(self, bundle_id: str) -> None:
+        """The metrics of a bundle's engine go with its last deployment."""
+        alive = {one.bundle_id for one in (*self._served.values(), *self._ending)} | self._starting.keys()
+        if bundle_id not in alive:
+            self._metrics.forget_bundle(bundle_id)

@@ -31,6 +31,8 @@ from service.metrics import Metrics
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 0.2
+_NEXT_SIDS_S = 60.0
+"""After a bundle gave no SIDs, until it is asked for them again: epochs do not wait for what is not there."""
 _NOTHING: frozenset[str] = frozenset()
 
 
@@ -57,6 +59,7 @@ class LiveCatalog:
         self._position: str | None = None  # in the stream; None: read everything first
         self._deleted: dict[str, int] = {}  # item → epoch; those that some live epoch may still hold
         self._sids: dict[tuple[str, int], tuple[int, ...]] = {}  # (bundle, change) → codes
+        self._no_sids_until: dict[str, float] = {}  # by bundle
         self.epoch = 0
         self.is_loaded = False
         self.moved = asyncio.Event()
@@ -188,14 +191,17 @@ class LiveCatalog:
         missing = [change for change in foreign if (name, change.epoch) not in self._sids]
         found = await self._store.sids(name, [change.epoch for change in missing])
         missing = [change for change in missing if change.epoch not in found]
-        if missing:
+        if missing and time.monotonic() >= self._no_sids_until.get(name, 0.0):
             missing.sort(key=lambda change: change.arrival)
             new = [NewItem(one.put.title, one.put.categories) for one in missing if one.put is not None]
             try:
                 codes = await asyncio.to_thread(sids_for, base, new)
             except SidsUnavailableError as error:
-                log.warning("items_not_carried_over", bundle=name, items=len(missing), error=str(error))
+                if name not in self._no_sids_until:
+                    log.warning("items_not_carried_over", bundle=name, items=len(missing), error=str(error))
+                self._no_sids_until[name] = time.monotonic() + _NEXT_SIDS_S
             else:
+                self._no_sids_until.pop(name, None)
                 epochs = [change.epoch for change in missing]
                 found |= await self._store.agree_on_sids(name, dict(zip(epochs, codes, strict=True)))
         self._sids |= {(name, epoch): codes for epoch, codes in found.items()}

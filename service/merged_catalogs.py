@@ -5,7 +5,7 @@ base as published ─ all changes up to epoch E ─→ merged catalogue, written
 It is a cache. Redis keeps the truth, and the process holds every change: a merged catalogue that is missing, damaged,
 or made of other changes than Redis has now (it was set back) is left alone and made again. An epoch made from one
 equals the epoch made from everything, so replicas with and without agree. A folder is named by bundle and epoch, checks
-itself by sha256, and comes by a rename; the one before is removed.
+itself by sha256, and comes by a rename; the one before is removed, and those of bundles that are no more.
 """
 
 import asyncio
@@ -108,6 +108,7 @@ class MergedCatalogs:
         folder = self._folder_of(base)
         try:
             merged = await asyncio.to_thread(_written, folder, base.catalog, epoch, changes)
+            await asyncio.to_thread(_sweep, folder, base.path.parent)
         except (OSError, CatalogError) as error:  # epochs are made from everything meanwhile
             self._next_try[base.bundle_id] = time.monotonic() + _RETRY_S
             log.warning("catalog_not_merged", bundle=base.bundle_id, folder=str(folder), error=str(error))
@@ -139,6 +140,13 @@ def _written(folder: Path, published: Catalog, epoch: CatalogEpoch, changes: Map
         if other != final and other.name.isdigit() and int(other.name) < epoch.epoch:
             shutil.rmtree(other, ignore_errors=True)
     return merged
+
+
+def _sweep(folder: Path, bundles: Path) -> None:
+    """Remove what was merged, beside `folder`, of bundles that were deleted."""
+    for one in folder.parent.iterdir():
+        if one != folder and not (bundles / one.name).exists():
+            shutil.rmtree(one, ignore_errors=True)
 
 
 def _found(folder: Path, published: Catalog, changes: Mapping[str, ItemChange]) -> Merged | None:

@@ -42,14 +42,18 @@ class Metrics:
         )
         self.predicted_wait = Gauge(
             "sidrec_predicted_wait_seconds",
-            "How long the engine would take to answer a request that came now.",
+            "How long a bundle's engine would take to answer a request that came now.",
+            ("bundle",),
             registry=self.registry,
         )
         self.fallback_items = Counter(
             "sidrec_fallback_items", "Items not from the model, by list.", ("source",), registry=self.registry
         )
         self.breaker_state = Gauge(
-            "sidrec_breaker_state", "0 closed, 1 half-open, 2 open.", ("dependency",), registry=self.registry
+            "sidrec_breaker_state",
+            "0 closed, 1 half-open, 2 open; of every bundle's engine.",
+            ("dependency", "bundle"),
+            registry=self.registry,
         )
         self.breaker_opened = Counter(
             "sidrec_breaker_opened", "Times a breaker opened.", ("dependency",), registry=self.registry
@@ -180,6 +184,11 @@ class Metrics:
         self.experiment_waits.clear()
         for name in names:
             self.experiment_waits.labels(name).set(1)
+
+    def forget_bundle(self, bundle_id: str) -> None:
+        """The bundle's engine has stopped: what it was like is of no interest any more."""
+        self.predicted_wait.remove(bundle_id)
+        self.breaker_state.remove("engine", bundle_id)
 
     def count_beam_work(self, steps: int, beams: int, closed_beams: int, masked_share: float) -> None:
         """Add what one search did."""

@@ -206,7 +206,7 @@ def _sentence_end(thought: str, start: int) -> int | None:
             continue
         is_line = found.end() == found.start()
         if is_line or len(sentence) > _LONGEST_QUOTED_SENTENCE or not _quotes(sentence)[1]:
-            return found.end()
+            return start + len(sentence.rstrip())  # white space behind it may be the end of all, which shows none
     return None
 
 

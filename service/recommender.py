@@ -13,7 +13,7 @@ import asyncio
 import copy
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -124,9 +124,9 @@ class Recommender:
         if bundle.renderer.thinking is not None:  # 3 s in a thread at a million items: over before the first rationale
             self._titles.prepare()
         self._reserve = _Reserve()
-        self._line = EngineLine(metrics)
+        self._line = EngineLine(metrics, bundle.bundle_id)
         self._answers = AnswerCache() if answers is None else answers
-        self._breaker = breaker or Breaker("engine", metrics, threshold=5, open_s=2.0)
+        self._breaker = breaker or Breaker("engine", metrics, threshold=5, open_s=2.0, bundle_id=bundle.bundle_id)
         self._use(bundle)
 
     def on(self, bundle: Bundle) -> "Recommender":
@@ -350,7 +350,7 @@ class Recommender:
             return None
         cached = await self._thoughts.get(question, min(_THOUGHT_CACHE_MOST_S, call.left_for_engine_s()))
         if cached is None and not call.thinks:
-            self._thoughts.ask_ahead(question.tenant, question.user_id)
+            self._thoughts.ask_ahead(question.tenant, question.user_id, self._bundle.bundle_id)
         return cached
 
     def _token_listener(self, call: "_Call", think: Think | None) -> Rationale | None:
@@ -433,11 +433,10 @@ class Recommender:
         with self._line.place(call.left_s(), unconditional=not self._breaker.is_closed) as call.place:
             yield
 
-    def history_moved(self, tenant: str, user_ids: Iterable[str]) -> None:
-        """The users have new events in their histories: somebody may think of them before they are asked about."""
+    def history_moved(self, tenant: str, user_id: str) -> None:
+        """The user's history has new events: somebody may think of them before anybody waits for that."""
         if self._thoughts is not None and self._bundle.renderer.thinking is not None:
-            for user_id in user_ids:
-                self._thoughts.ask_ahead(tenant, user_id)
+            self._thoughts.ask_ahead(tenant, user_id, self._bundle.bundle_id)
 
     def withdraw(self, tenant: str, user_id: str, item_ids: Sequence[str]) -> None:
         """The user has seen or dislikes these items: no kept answer shows them, even if Redis could not tell."""

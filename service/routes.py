@@ -190,7 +190,9 @@ async def record_events(body: EventsRequest, state: StateDep, caller: CallerDep)
         if event.event_type != EventType.IMPRESSION:
             recommender.withdraw(caller.tenant, event.user_id, (event.item_id,))
     new = (event for event, is_new in zip(events, stored, strict=True) if is_new)
-    recommender.history_moved(caller.tenant, {event.user_id for event in new if event.event_type in IN_HISTORY})
+    for user_id in {event.user_id for event in new if event.event_type in IN_HISTORY}:
+        thinking = state.deployments.named(state.experiments.thinking_bundle(user_id, caller.tenant))
+        thinking.recommender.history_moved(caller.tenant, user_id)
     accepted = sum(stored)
     for outcome, count in (("accepted", accepted), ("duplicate", len(stored) - accepted), ("rejected", len(rejected))):
         state.metrics.events.labels(outcome).inc(count)

@@ -50,9 +50,9 @@ def assign_sids(items: list[NewItem]) -> dict[str, Any]:
 
 
 @app.task(name=THINK_AHEAD, ignore_result=True)  # type: ignore[untyped-decorator]
-def think_ahead(tenant: str, user_id: str) -> Outcome:
-    """A user's thought, kept for the request that wants it. Doing it again changes nothing."""
-    return _thinker().think(tenant, user_id)
+def think_ahead(tenant: str, user_id: str, bundle_id: str) -> Outcome:
+    """A bundle's thought about a user, kept for the request that wants it. Doing it again changes nothing."""
+    return _thinker().think(tenant, user_id, bundle_id)
 
 
 @cache

@@ -1,10 +1,12 @@
 """What the `think` queue's worker does: a user's thought, thought before it is asked for, with the service's own parts.
 
-One bundle and engine a process, made at the first task: whatever `current` names, at the present epoch of the
-catalogue. Histories, prompt, engine and cache are those of the read path, so that the next request finds its thought.
+A task names the bundle that is to answer: the current one, or an experiment's. Its engine is made at its first task,
+and two at most stay, the one used last among them. Histories, prompt, engine, cache and the present epoch of the
+catalogue are those of the read path, so that the next request finds its thought.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -12,12 +14,13 @@ from typing import Literal, TypeAlias
 import structlog
 from redis.asyncio import Redis
 
-from semantic_ids.bundle import Bundle, current_id
+from semantic_ids.bundle import BUNDLE_ID, Bundle
 from semantic_ids.filters import ItemFilter
 from service.engine.base import DecodeRequest, Engine, Think, sid_program
 from service.histories import Histories, connect
 from service.item_store import ItemStore
 from service.live_catalog import LiveCatalog
+from service.merged_catalogs import MergedCatalogs
 from service.metrics import Metrics
 from service.redis_server import EmbeddedRedis
 from service.schemas import RecommendRequest
@@ -31,6 +34,8 @@ log = structlog.get_logger(__name__)
 MAX_SECONDS = 300.0
 """Longest thought when nobody waits: well within the time of a task."""
 _LOAD_TIMEOUT_S = 10.0
+_MAX_ENGINES = 2
+"""Of the current bundle and one beside it; a third takes the place of the one that was used longest ago."""
 
 Outcome: TypeAlias = Literal["thought", "known", "cannot_think", "no_history", "history_unavailable", "not_kept"]
 
@@ -42,7 +47,6 @@ class _Loaded:
     base: Bundle
     at_epoch: Bundle
     engine: Engine
-    live: LiveCatalog
 
 
 class Thinker:
@@ -55,21 +59,28 @@ class Thinker:
         self._runner = asyncio.Runner()
         self._redis: Redis | None = None
         self._embedded: EmbeddedRedis | None = None
-        self._loaded: _Loaded | None = None
+        self._merged = MergedCatalogs(settings.catalog_cache)
+        self._live: LiveCatalog | None = None
+        self._loaded: dict[str, _Loaded] = {}  # by bundle, the one used last at the end
 
-    def think(self, tenant: str, user_id: str) -> Outcome:
-        """Think for a user, unless the thought is there; what came of it."""
-        return self._runner.run(self._think(tenant, user_id))
+    def think(self, tenant: str, user_id: str, bundle_id: str) -> Outcome:
+        """Think for a user with a bundle's model, unless the thought is there; what came of it.
+
+        `ValueError` if it is no bundle's id, `BundleError` if there is none of that id.
+        """
+        if not re.fullmatch(BUNDLE_ID, bundle_id):
+            raise ValueError(f"{bundle_id!r} is not a bundle id: give the name of a folder in {self._settings.bundles}")
+        return self._runner.run(self._think(tenant, user_id, bundle_id))
 
     def close(self) -> None:
-        """Stop the engine and leave Redis."""
+        """Stop the engines and leave Redis."""
         self._runner.run(self._close())
         self._runner.close()
 
-    async def _think(self, tenant: str, user_id: str) -> Outcome:
+    async def _think(self, tenant: str, user_id: str, bundle_id: str) -> Outcome:
         redis = self._redis = self._redis or await self._connected()
         await forget_asked(redis, tenant, user_id)  # events from here on ask again
-        loaded = await self._current(redis)
+        loaded = await self._at_present_epoch(redis, await self._served(bundle_id))
         thinking = loaded.base.renderer.thinking
         if thinking is None:
             return "cannot_think"
@@ -103,29 +114,38 @@ class Thinker:
         timeout_s, connections = self._settings.redis_timeout_s, self._settings.redis_max_connections
         return connect(url, timeout_s=timeout_s, max_connections=connections)
 
-    async def _current(self, redis: Redis) -> _Loaded:
-        """What `current` names now, at the epoch that is stored now; another bundle's engine is stopped first."""
-        named = await asyncio.to_thread(current_id, self._settings.bundles)
-        if self._loaded is None or self._loaded.base.bundle_id != named:
-            await self._unload()
-            base = await asyncio.to_thread(Bundle.load, self._settings.bundles / named)
+    async def _served(self, bundle_id: str) -> _Loaded:
+        """The bundle on an engine that runs; where there are too many, another one is stopped first."""
+        if (loaded := self._loaded.pop(bundle_id, None)) is None:
+            base = await asyncio.to_thread(Bundle.load, self._settings.bundles / bundle_id)
+            while len(self._loaded) >= _MAX_ENGINES:
+                await self._loaded.pop(next(iter(self._loaded))).engine.stop()
             engine = self._make_engine(base, self._settings, self._metrics)
-            live = LiveCatalog(ItemStore(redis, timeout_s=self._settings.redis_timeout_s), self._metrics)
             if base.renderer.thinking is not None:
-                await engine.start()
-            self._loaded = _Loaded(base, base, engine, live)
-            log.info("thinking_with", bundle=named)
-        if await self._loaded.live.catch_up():
-            self._loaded.at_epoch = await self._loaded.live.bundle_at_epoch(self._loaded.base)
-        return self._loaded
+                try:
+                    await engine.start()
+                except BaseException:
+                    await engine.stop()
+                    raise
+            loaded = _Loaded(base, base, engine)
+            log.info("thinking_with", bundle=bundle_id)
+        self._loaded[bundle_id] = loaded
+        return loaded
 
-    async def _unload(self) -> None:
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            await loaded.engine.stop()
+    async def _at_present_epoch(self, redis: Redis, loaded: _Loaded) -> _Loaded:
+        """The same, with the catalogue that is stored now."""
+        if self._live is None:
+            store = ItemStore(redis, timeout_s=self._settings.redis_timeout_s)
+            self._live = LiveCatalog(store, self._metrics, self._merged)
+        await self._live.catch_up()
+        if loaded.at_epoch.catalog.epoch < self._live.epoch:
+            loaded.at_epoch = await self._live.bundle_at_epoch(loaded.base)
+        return loaded
 
     async def _close(self) -> None:
-        await self._unload()
+        for loaded in self._loaded.values():
+            await loaded.engine.stop()
+        await self._merged.stop()
         if self._redis is not None:
             await self._redis.aclose()
         if self._embedded is not None:

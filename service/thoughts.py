@@ -84,8 +84,8 @@ class ThoughtQuestion:
 class Asks(Protocol):
     """Whoever sees to it that a user's thought is there when it is wanted (`think_ahead.ThinkAhead`)."""
 
-    def ask(self, tenant: str, user_id: str) -> None:
-        """Returns at once."""
+    def ask(self, tenant: str, user_id: str, bundle_id: str) -> None:
+        """Let a bundle's model think for the user. Returns at once."""
         ...
 
 
@@ -147,10 +147,10 @@ class Thoughts:
             self._writes.add(task)
             task.add_done_callback(self._writes.discard)
 
-    def ask_ahead(self, tenant: str, user_id: str) -> None:
-        """Somebody may want this user's thought soon."""
+    def ask_ahead(self, tenant: str, user_id: str, bundle_id: str) -> None:
+        """Somebody may want the thought of this bundle about this user soon."""
         if self._ahead is not None:
-            self._ahead.ask(tenant, user_id)
+            self._ahead.ask(tenant, user_id, bundle_id)
 
     async def stop(self) -> None:
         """Write what is being written."""

@@ -1,8 +1,8 @@
 """The local engine: torch on the CPU, for laptops, tests and small models. One process decodes, in batches.
 
 A request that thinks is a batch of its own: its thought is as long as the model makes it, and nobody else waits in it.
-A process that dies takes the batch that it was decoding with it, and is made anew with back-off; meanwhile the fallback
-answers.
+A process that dies takes the batch that it was decoding with it, and is made anew with back-off; one that hangs is
+killed. Meanwhile the fallback answers.
 """
 
 import asyncio
@@ -39,6 +39,8 @@ from service.metrics import Metrics
 log = structlog.get_logger(__name__)
 
 _FIRST_BACK_OFF_S, _MAX_BACK_OFF_S = 0.5, 30.0
+HANG_S = 60.0
+"""A process that has not answered a batch by then, beside its thought, hangs, and is made anew."""
 
 
 @dataclass(eq=False)
@@ -223,7 +225,12 @@ class LocalEngine:
             jobs[0].call, answer = process.begin(batch, jobs[0].hear if think is not None else None)
             if think is not None and jobs[0].is_over:
                 process.give_up(jobs[0].call)
-            decoded.append(await answer)
+            try:
+                async with asyncio.timeout(HANG_S + (think.max_seconds if think is not None else 0.0)):
+                    decoded.append(await answer)
+            except TimeoutError:
+                process.kill()
+                raise EngineUnavailableError("the process that decodes hung and was killed") from None
             self._count(decoded[-1])
             return decoded[-1].report.answers
 

@@ -24,7 +24,7 @@ from semantic_ids.codes import TokenIds
 from service.engine.base import EngineError, EngineUnavailableError, Think, ThoughtEnd
 from service.engine.wire import BeamReport, BeamRequest
 
-_NICENESS = 10
+_NICENESS = 5
 _STOP_S = 5.0
 _PRELOADED = ("service.engine.local_worker", "transformers.models.llama.modeling_llama")
 
@@ -175,6 +175,10 @@ class DecodeProcess:
     def give_up(self, number: int) -> None:
         """End the thought of a call that nobody waits for."""
         self._send((0, GiveUp(number)))
+
+    def kill(self) -> None:
+        """End the process now, whatever it is at; `died` follows."""
+        self._process.kill()
 
     async def stop(self) -> None:
         """End the process: at once where it is idle; what it is decoding is lost."""

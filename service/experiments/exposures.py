@@ -20,22 +20,21 @@ An outcome counts where it comes within the attribution window, from a user who 
 counts, so the caller drops repeated events first (`Histories.record` says which are new).
 """
 
-import asyncio
 import secrets
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import ceil, log
 from typing import Any, Literal, TypeAlias
 
-import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
+from service.background_writer import BackgroundWriter
 from service.experiments.assignment import Assignment
 from service.redis_keys import (
     DEFAULT_NAMESPACE,
@@ -47,8 +46,6 @@ from service.redis_keys import (
     unit_key_name,
 )
 
-logger = structlog.get_logger(__name__)
-
 Outcome: TypeAlias = Literal["click", "purchase"]
 
 _NUM_SHARDS = 16
@@ -56,7 +53,6 @@ _NUM_SHARDS = 16
 _BUCKET_GROWTH = 1.02
 """A latency is known within 2 %."""
 _SHORTEST_MS, _LONGEST_MS = 0.01, 1e7
-_STOP_TIMEOUT_S = 5.0
 
 _COUNT = """
 -- KEYS  units, sums: of one shard of one experiment
@@ -206,44 +202,43 @@ class ExposureLog:
         self._redis = redis
         self._unit_key = unit_key
         self._settings = settings or ExposureSettings()
-        self._on_dropped = on_dropped
-        self._queue: deque[_Queued] = deque()
-        self._stopping = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self.num_dropped = 0
-        """Exposures and outcomes that were lost: the queue was full, or Redis failed."""
+        self._writer: BackgroundWriter[_Queued] = BackgroundWriter(
+            "exposure-log",
+            self._write,
+            max_queued=self._settings.max_queued,
+            max_batch=self._settings.max_batch,
+            interval_s=self._settings.flush_interval_s,
+            on_dropped=on_dropped,
+        )
         self.num_unmatched = 0
         """Outcomes that belong to no exposure: no or an old recommendation, or another user's."""
 
     async def start(self) -> None:
         """Begin to write."""
-        self._stopping.clear()
-        self._task = asyncio.create_task(self._run(), name="exposure-log")
+        await self._writer.start()
 
     async def stop(self) -> None:
         """Write what waits, for a few seconds at most, and end."""
-        self._stopping.set()
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=_STOP_TIMEOUT_S)
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-        self._drop(len(self._queue))
-        self._queue.clear()
+        await self._writer.stop()
+
+    @property
+    def num_dropped(self) -> int:
+        """Exposures and outcomes that were lost: the queue was full, or Redis failed."""
+        return self._writer.num_dropped
 
     @property
     def num_waiting(self) -> int:
         """Exposures and outcomes not yet taken up."""
-        return len(self._queue)
+        return self._writer.num_waiting
 
     def record_exposure(self, exposure: Exposure) -> None:
         """Note an answer under experiments; of no assignments, nothing."""
         if exposure.assignments:
-            self._put(_QueuedExposure(exposure, self.unit(exposure.user_id)))
+            self._writer.put(_QueuedExposure(exposure, self.unit(exposure.user_id)))
 
     def record_outcome(self, recommendation_id: str, user_id: str, outcome: Outcome) -> None:
         """Note a new event that names a recommendation; a repeated one must not come here."""
-        self._put(_QueuedOutcome(recommendation_id, outcome, self.unit(user_id)))
+        self._writer.put(_QueuedOutcome(recommendation_id, outcome, self.unit(user_id)))
 
     def unit(self, user_id: str) -> str:
         """The keyed hash that stands for a user."""
@@ -252,7 +247,7 @@ class ExposureLog:
     async def erase(self, user_id: str) -> int:
         """Forget the user in every experiment; returns in how many there was one. Raises ExposuresUnavailableError."""
         unit = self.unit(user_id)
-        self._queue = deque(queued for queued in self._queue if queued.unit != unit)
+        await self._writer.forget(lambda queued: queued.unit == unit)
         with _typed_failure():
             names = sorted(map(str, await self._redis.smembers(experiment_names_key(self._settings.namespace))))
             async with self._redis.pipeline(transaction=False) as pipeline:
@@ -283,39 +278,6 @@ class ExposureLog:
             variant: VariantTally(**sums[variant], latency_ms=dict(sorted(latencies[variant].items())))
             for variant in sorted(sums.keys() | latencies.keys())
         }
-
-    def _put(self, queued: _Queued) -> None:
-        if len(self._queue) >= self._settings.max_queued:
-            self._drop(1)
-        else:
-            self._queue.append(queued)
-
-    def _drop(self, number: int) -> None:
-        self.num_dropped += number
-        if number and self._on_dropped is not None:
-            self._on_dropped(number)
-
-    async def _run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = await self._pause()
-            while self._queue:
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.max_batch))]
-                try:
-                    await self._write(batch)
-                except asyncio.CancelledError:
-                    self._drop(len(batch))
-                    raise
-                except Exception as error:  # whatever it is, the next batch may fare better
-                    self._drop(len(batch))
-                    logger.warning("exposures_dropped", number=len(batch), error=f"{type(error).__name__}: {error}")
-
-    async def _pause(self) -> bool:
-        """Until the next round; whether it is the last one."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.flush_interval_s):
-                await self._stopping.wait()
-        return self._stopping.is_set()
 
     async def _write(self, batch: Sequence[_Queued]) -> None:
         """Exposures and links first, then the counts in the order in which things came."""

@@ -151,9 +151,16 @@ class Experiments:
 
     def treatment(self, request: UserRequest, tenant: str) -> Treatment:
         """The variants of the request's user; none for an anonymous request, nor for one that has a wish of its own."""
-        if self._log is None or request.user_id is None or not leaves_open(request):
+        if request.user_id is None or not leaves_open(request):
             return UNTREATED
-        return Treatment(self._assigner.assign(unit_of(tenant, request.user_id)))
+        return self._treatment_of(request.user_id, tenant)
+
+    def thinking_bundle(self, user_id: str, tenant: str) -> str | None:
+        """Whose thought the user may get: the bundle of a variant that shows or follows thoughts, else None: that of
+        whoever asks for one is the current one's.
+        """
+        overrides = self._treatment_of(user_id, tenant).overrides
+        return overrides.bundle if overrides.thinks or overrides.rationale else None
 
     def exposed(self, answer: A, tenant: str, treatment: Treatment) -> A:
         """The answer with its experiment; its exposure is noted."""
@@ -190,6 +197,9 @@ class Experiments:
             raise UnknownExperimentError(f"there is no experiment {name!r}")
         tallies = await (await self._open_log()).tallies(name)
         return await asyncio.to_thread(make_report, experiment, tallies, datetime.fromtimestamp(time.time(), UTC))
+
+    def _treatment_of(self, user_id: str, tenant: str) -> Treatment:
+        return UNTREATED if self._log is None else Treatment(self._assigner.assign(unit_of(tenant, user_id)))
 
     async def _open_log(self) -> ExposureLog:
         if self._log is None:

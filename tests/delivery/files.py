@@ -23,6 +23,11 @@ def compose_services() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(COMPOSE.read_text())["services"])
 
 
+def compose_volumes() -> set[str]:
+    """Names of the volumes that compose keeps."""
+    return set(yaml.safe_load(COMPOSE.read_text())["volumes"])
+
+
 def prometheus() -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / "docker" / "prometheus.yml").read_text()))
 
@@ -54,6 +59,17 @@ def container(workload: dict[str, Any]) -> dict[str, Any]:
     """The only container of the workload."""
     (only,) = pod(workload)["containers"]
     return dict(only)
+
+
+def literal_environment(workload: dict[str, Any]) -> dict[str, str]:
+    """What the container sets by itself, over the map of settings; not what comes from a Secret."""
+    return {each["name"]: each["value"] for each in container(workload).get("env", []) if "value" in each}
+
+
+def volumes_by_mount(workload: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Mount path → the mount, with its volume's definition where the pod has one."""
+    volumes = {each["name"]: each for each in pod(workload).get("volumes", [])}
+    return {mount["mountPath"]: volumes.get(mount["name"], {}) | mount for mount in container(workload)["volumeMounts"]}
 
 
 def settings_env() -> dict[str, str]:

@@ -12,19 +12,23 @@ from tests.delivery.files import (
     DOCKERFILE,
     ROOT,
     compose_services,
+    compose_volumes,
     container,
     kubernetes_documents,
     kustomization,
+    literal_environment,
     pod,
     prometheus,
     pyproject,
     settings_env,
+    volumes_by_mount,
     workloads,
 )
 
 SETTINGS = {
     "SIDREC_API_KEY_HASHES",
     "SIDREC_BUNDLES",
+    "SIDREC_CATALOG_CACHE",
     "SIDREC_CELERY_BROKER_URL",
     "SIDREC_CELERY_RESULT_URL",
     "SIDREC_DATA_DIR",
@@ -33,12 +37,19 @@ SETTINGS = {
     "SIDREC_LOG_LEVEL",
     "SIDREC_PORT",
     "SIDREC_REDIS_URL",
+    "SIDREC_THINK_AHEAD",
+    "SIDREC_THINK_MAX_TOKENS",
     "SIDREC_VLLM_REPLICAS",
 }
 """Every setting of the service that a delivery file names."""
 
 COMPOSE_ONLY = {"SIDREC_BUNDLES_DIR"}
 """Filled in by docker compose on the host; no container sees it."""
+
+EPOCH_BYTES = 12_300_000
+"""What `Catalog.save_trie` writes of a million items; the engine keeps it in the temporary folder."""
+MERGED_BYTES = 150_000_000
+"""A merged catalogue of a million items."""
 
 PORT = 8000
 COMPOSE_SERVICES = compose_services()
@@ -66,8 +77,8 @@ def environments() -> dict[str, dict[str, str]]:
     everything = {
         "compose api": in_image["api"] | in_compose["api"] | hashes,
         "compose worker": in_image["worker"] | in_compose["worker"],
-        "k8s api": in_image["api"] | settings_env() | hashes,
-        "k8s worker": in_image["worker"] | settings_env(),
+        "k8s api": in_image["api"] | settings_env() | literal_environment(API) | hashes,
+        "k8s worker": in_image["worker"] | settings_env() | literal_environment(WORKER),
     }
     return {
         place: {name: value for name, value in environment.items() if name.startswith("SIDREC_")}
@@ -117,6 +128,70 @@ def test_celery_has_databases_of_its_own(environment: dict[str, str]) -> None:
 def test_compose_and_kubernetes_set_the_same_variables() -> None:
     assert set(ENVIRONMENTS["compose api"]) == set(ENVIRONMENTS["k8s api"])
     assert set(ENVIRONMENTS["compose worker"]) == set(ENVIRONMENTS["k8s worker"])
+
+
+@pytest.mark.parametrize("name", ["SIDREC_THINK_AHEAD", "SIDREC_THINK_MAX_TOKENS"])
+def test_thinking_ahead_is_set_once_for_api_and_worker_and_off_by_default(name: str) -> None:
+    from service.settings import Settings
+
+    default = Settings.model_fields[name.removeprefix("SIDREC_").lower()].default
+    assert {environment[name] for environment in ENVIRONMENTS.values()} == {str(default).lower()}
+    for service in ("api", "worker"):
+        assert COMPOSE_SERVICES[service]["environment"][name] == f"${{{name}:-{str(default).lower()}}}"
+    for workload in (API, WORKER):
+        assert name not in literal_environment(workload)
+
+
+def test_the_worker_decodes_with_what_its_image_has_whatever_the_api_is_told() -> None:
+    assert COMPOSE_SERVICES["api"]["environment"]["SIDREC_ENGINE"] == "${SIDREC_ENGINE:-local}"
+    assert COMPOSE_SERVICES["worker"]["environment"]["SIDREC_ENGINE"] == "local"
+    assert "SIDREC_ENGINE" not in literal_environment(API)
+    assert literal_environment(WORKER)["SIDREC_ENGINE"] == "local"
+
+
+def test_the_worker_runs_the_images_command() -> None:
+    assert not {"command", "entrypoint"} & COMPOSE_SERVICES["worker"].keys()
+    assert not {"command", "args"} & container(WORKER).keys()
+
+
+@pytest.mark.parametrize(("target", "workload"), [("api", API), ("worker", WORKER)], ids=["api", "worker"])
+def test_merged_catalogues_go_where_the_images_user_may_write(target: str, workload: dict[str, object]) -> None:
+    (folder,) = {each["SIDREC_CATALOG_CACHE"] for each in ENVIRONMENTS.values()}
+    user, group = COMPOSE_SERVICES[target]["user"].split(":")
+    made = [each.words for each in DOCKERFILE.image(target)[1] if each.value.startswith("install --directory")]
+    assert any(folder in words and {f"--owner={user}", f"--group={group}"} <= set(words) for words in made)
+    (volume,) = (each for each in COMPOSE_SERVICES[target]["volumes"] if each["target"] == folder)
+    assert (volume["type"], volume.get("read_only", False)) == ("volume", False)
+    assert volume["source"] in compose_volumes()
+    mount = volumes_by_mount(workload)[folder]
+    assert not mount.get("readOnly", False)
+    assert num_bytes(mount["emptyDir"]["sizeLimit"]) >= 2 * MERGED_BYTES, (
+        "the next one is written beside the one before"
+    )
+
+
+@pytest.mark.parametrize(("target", "workload"), [("api", API), ("worker", WORKER)], ids=["api", "worker"])
+def test_the_temporary_folder_takes_the_engines_socket_and_the_apis_epochs(
+    target: str, workload: dict[str, object]
+) -> None:
+    """Two engines while a bundle is activated, each with as many epochs as may live, and one that is being written."""
+    from service.deployments import _MAX_EPOCHS
+
+    set_elsewhere = DOCKERFILE.environment(target) | COMPOSE_SERVICES[target]["environment"] | settings_env()
+    assert "TMPDIR" not in set_elsewhere
+    (tmpfs,) = COMPOSE_SERVICES[target]["tmpfs"]
+    path, size = re.fullmatch(r"(\S+):size=(\w+),mode=1777", tmpfs).groups()  # type: ignore[union-attr]
+    assert path == "/tmp"
+    sizes = num_bytes(size), num_bytes(volumes_by_mount(workload)[path]["emptyDir"]["sizeLimit"])
+    assert min(sizes) >= (2 * (_MAX_EPOCHS + 1) * EPOCH_BYTES if target == "api" else 1 << 20)
+
+
+@pytest.mark.parametrize(("target", "workload"), [("api", API), ("worker", WORKER)], ids=["api", "worker"])
+def test_memory_holds_what_the_documentation_says(target: str, workload: dict[str, object]) -> None:
+    default = re.fullmatch(r"\$\{\w+:-(\w+)\}", COMPOSE_SERVICES[target]["mem_limit"])
+    assert default
+    assert num_bytes(default[1]) == num_bytes(container(workload)["resources"]["limits"]["memory"]) == 2 << 30
+    assert f"`mem_limit: {default[1]}`" in (ROOT / "docs" / "deployment.md").read_text()
 
 
 def test_the_api_listens_where_everyone_looks() -> None:

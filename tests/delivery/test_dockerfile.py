@@ -150,9 +150,14 @@ def test_commands_are_in_exec_form_and_signals_arrive(target: str) -> None:
     assert instructions(target, "STOPSIGNAL")[-1].value == "SIGTERM"
 
 
-def test_the_worker_runs_the_encode_queue() -> None:
+def test_the_worker_serves_every_queue_that_tasks_are_sent_to() -> None:
+    from service.celery_app import make_celery
+    from service.settings import Settings
+
     command = instructions("worker", "ENTRYPOINT")[-1].words + instructions("worker", "CMD")[-1].words
-    assert " ".join(command) == "celery -A service.tasks worker --queues encode --concurrency 1 --pool solo"
+    assert " ".join(command) == "celery -A service.tasks worker --queues encode,think --concurrency 1 --pool solo"
+    routes = make_celery(Settings()).conf.task_routes
+    assert {route["queue"] for route in routes.values()} == {"encode", "think"}
 
 
 @targets

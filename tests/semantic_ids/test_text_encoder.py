@@ -1,5 +1,6 @@
 """Item → text → vector: one text for one item, and only the encoder that the bundle names."""
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_the_encoder_of_a_bundle_is_taken_only_if_it_is_the_same_one(encoder: Te
     for change in ({"revision": "0.0.9"}, {"dimension": 768}, {"item_text_version": 0}):
         with pytest.raises(TextEncoderError, match="install that version"):
             TextEncoder.of(encoder.identity.model_copy(update=change))
+
+
+def test_the_encoder_of_a_bundle_is_never_downloaded(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **_: asked.append(host))
+    for name in ("nobody/no-such-encoder", "/no/such/folder"):
+        with pytest.raises(TextEncoderError, match=f"{name}' is not on this machine.*`hf download {name}`"):
+            TextEncoder.of(encoder.identity.model_copy(update={"name": name}))
+    assert asked == []
 
 
 def test_a_folder_without_an_encoder_is_refused_by_name(tmp_path: Path):

@@ -119,7 +119,7 @@ class BatchedEngine:
     def __init__(self) -> None:
         self.clock = Clock()
         self.metrics = Metrics()
-        self.line = EngineLine(self.metrics, self.clock)
+        self.line = EngineLine(self.metrics, "a bundle", self.clock)
         self.waiting: list[tuple[ExitStack, Place, float]] = []
         self.took: list[tuple[float, float]] = []  # what it took, and what it could have
 
@@ -250,7 +250,8 @@ async def test_requests_that_would_be_late_are_shed_at_once_and_the_others_are_i
         assert 3 <= sum(answer["reason"] is None for answer in answered) <= 10
         assert len(answered) < 30
         assert max(seconds for _, seconds, _ in outcomes) < 0.8
-        assert service.state.metrics.registry.get_sample_value("sidrec_breaker_state", {"dependency": "engine"}) == 0
+        engine = {"dependency": "engine", "bundle": service.state.bundle.bundle_id}
+        assert service.state.metrics.registry.get_sample_value("sidrec_breaker_state", engine) == 0
         for path in ("/health/live", "/health/ready", "/metrics"):
             assert (await service.http.get(path)).status_code == 200
         assert (await service.recommend(history=BODY["history"]))["reason"] is None

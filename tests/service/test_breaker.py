@@ -42,8 +42,13 @@ def fail(breaker: Breaker, times: int = 1) -> None:
             call(breaker, SomethingError())
 
 
-def state_of(metrics: Metrics, dependency: str = "it") -> float | None:
-    return metrics.registry.get_sample_value("sidrec_breaker_state", {"dependency": dependency})
+def state_of(metrics: Metrics, dependency: str = "it", bundle_id: str = "") -> float | None:
+    labels = {"dependency": dependency, "bundle": bundle_id}
+    return metrics.registry.get_sample_value("sidrec_breaker_state", labels)
+
+
+def state_of_engine(service: Service) -> float | None:
+    return state_of(service.state.metrics, "engine", service.state.bundle.bundle_id)
 
 
 @pytest.fixture
@@ -140,7 +145,7 @@ async def test_a_failing_engine_is_left_alone(settings: Settings):
         for _ in range(6):
             answer = await service.recommend(history=HISTORY, num_items=7)
             assert (answer["source"], answer["reason"], len(answer["items"])) == ("fallback", "engine_unavailable", 7)
-        assert state_of(service.state.metrics, "engine") == 2
+        assert state_of_engine(service) == 2
         assert (await service.rerank(history=HISTORY, candidates=ITEM_IDS[9:12]))["reason"] == "engine_unavailable"
 
 
@@ -157,7 +162,7 @@ async def test_a_hanging_engine_costs_a_few_deadlines_and_not_everybodys(setting
         engine.hangs = False
         await asyncio.sleep(0.31)
         assert (await service.recommend(history=HISTORY, deadline_ms=400))["reason"] is None
-        assert state_of(service.state.metrics, "engine") == 0
+        assert state_of_engine(service) == 0
 
 
 async def test_late_answers_of_a_busy_engine_do_not_open_it(settings: Settings):
@@ -175,7 +180,7 @@ async def test_late_answers_of_a_busy_engine_do_not_open_it(settings: Settings):
                 assert response.status_code == 503 or response.json()["reason"] == "deadline"
 
         await asyncio.gather(patient(), hurried())
-        assert state_of(service.state.metrics, "engine") == 0
+        assert state_of_engine(service) == 0
 
 
 async def test_a_redis_that_hangs_costs_a_few_deadlines_and_not_everybodys(bundles: Path, tmp_path: Path):

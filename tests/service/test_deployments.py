@@ -1,6 +1,7 @@
 """Hot activation and rollback: nothing dropped, nothing half done, the pointer on disk and in the service one."""
 
 import asyncio
+import gc
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import pytest_asyncio
 
 from semantic_ids.bundle import Bundle, BundleError, activate, current_id, previous_id, publish
+from service.app import make_engine
 from service.engine.base import EngineError
+from service.engine.local import LocalEngine
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.engines import InstantEngine, SlowEngine
-from tests.service.running import Service, assert_problem, running
+from tests.service.running import Service, assert_problem, running, until
 from tests.service.world import ITEM_IDS, make_parts
 
 
@@ -92,7 +95,8 @@ async def test_activation_and_rollback_change_what_is_served_and_the_pointer(
     assert (current_id(root), previous_id(root)) == (first, second)
     metrics = (await switching.http.get("/metrics")).text
     assert f'sidrec_bundle{{bundle="{first}"}} 1.0' in metrics
-    assert second not in metrics
+    assert f'sidrec_breaker_state{{bundle="{first}",dependency="engine"}} 0.0' in metrics
+    await until(lambda: second.encode() not in switching.state.metrics.exposition())
 
 
 async def test_the_old_engine_stops_when_its_last_request_has_ended(two_bundles: tuple[Path, str, str], tmp_path: Path):
@@ -131,6 +135,40 @@ async def test_no_request_of_a_crowd_is_dropped_by_many_switches(
     is_over.set()
     await asyncio.gather(*crowd)
     assert seen == {first, second}
+
+
+async def test_switching_on_and_on_leaves_no_process_file_or_mapping(
+    two_bundles: tuple[Path, str, str], tmp_path: Path
+):
+    """With the local engine. What the first round opens for good, such as the forkserver, does not count, nor does a
+    connection to Redis that comes or goes: something left by each switch would be three more at least.
+    """
+    root, first, second = two_bundles
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len([*Path("/proc/self/fd").iterdir()]), Path("/proc/self/maps").read_text().count(str(root))
+
+    async with running(Settings(bundles=root, data_dir=tmp_path / "redis"), make_engine) as service:
+        pids, counts = set[int](), list[tuple[int, int]]()
+        for bundle_id in [second, first] * 4:
+            assert (await service.post(f"/admin/bundles/{bundle_id}/activate", {})).status_code == 200
+            assert await served(service) == bundle_id
+            await until(lambda: not service.state.deployments.ending)
+            engine = service.state.engine
+            assert isinstance(engine, LocalEngine)
+            assert engine.pid is not None
+            await until(lambda engine=engine: {pid for pid in pids if is_alive(pid)} <= {engine.pid})  # type: ignore[misc]
+            pids.add(engine.pid)
+            counts.append(held())
+        assert len(pids) == 8
+    for of_one_kind in zip(*counts, strict=True):
+        assert min(of_one_kind[4:]) <= min(of_one_kind[:2]) + 2, counts
+    await until(lambda: not any(map(is_alive, pids)))
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 async def test_what_becomes_current_on_disk_is_served_without_a_call(

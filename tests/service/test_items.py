@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from urllib.parse import quote
@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from semantic_ids.bundle import Bundle, activate, publish
 from semantic_ids.decoding.tree_decoder import TreeDecoder
@@ -433,6 +434,30 @@ async def test_an_epoch_lives_until_its_last_request_has_ended(settings: Setting
         assert await under_way == ["p"]
         await asyncio.sleep(0.05)
         assert engine.epochs == [f"{bundle.bundle_id}@2"]
+
+
+async def test_an_encoder_that_is_not_on_this_machine_is_said_at_once_and_once(bundle: Bundle, tmp_path: Path):
+    """The second bundle's encoder is a hub model that nobody has downloaded."""
+    root = tmp_path / "bundles"
+    shutil.copytree(bundle.path, root / bundle.bundle_id)
+    parts = make_parts(tmp_path / "model", weight=0.5)
+    elsewhere = parts.text_encoder.model_copy(update={"name": "nobody/no-such-encoder", "revision": "hub"})
+    second = publish(root, replace(parts, text_encoder=elsewhere), lambda _bundle: None, activate_it=False)
+    activate(root, bundle.bundle_id)
+    async with running(Settings(bundles=root, data_dir=tmp_path / "redis"), instant) as service:
+        for number in range(3):
+            assert (await put(service, f"before-{number}", title="New", sid=sid(0, 7, number))).status_code == 200
+        with capture_logs() as logs:
+            await service.post(f"/admin/bundles/{second.bundle_id}/activate", {})
+            started_at = time.perf_counter()
+            refused = await put(service, "unplaced", title="New")
+            detail = assert_problem(refused, 503, "sids-unavailable")["detail"]
+            assert "`hf download nobody/no-such-encoder`" in detail
+            for number in range(3):
+                assert (await put(service, f"after-{number}", title="New", sid=sid(0, 8, number))).status_code == 200
+            assert time.perf_counter() - started_at < 2
+        assert [entry["event"] for entry in logs].count("items_not_carried_over") == 1
+        assert sorted(await shown(service, "before-0", "after-0", "after-2")) == ["after-0", "after-2"]
 
 
 async def test_another_bundle_keeps_deletions_and_what_was_put_since_it_was_made(bundle: Bundle, tmp_path: Path):

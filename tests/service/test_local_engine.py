@@ -215,6 +215,19 @@ async def test_a_killed_process_fails_its_batch_alone_and_is_made_anew(bundle: B
         assert_same(await engine.decode(request(bundle)), expected)
 
 
+async def test_a_process_that_hangs_is_killed_and_made_anew(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    async with started(bundle) as engine:
+        pid = engine.pid
+        assert pid is not None
+        monkeypatch.setattr("service.engine.local.HANG_S", 0.2)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(EngineUnavailableError, match="hung"):
+            await engine.decode(request(bundle))
+        monkeypatch.setattr("service.engine.local.HANG_S", 60.0)
+        await made_anew(engine, pid)
+        assert isinstance(await engine.decode(request(bundle)), DecodeResult)
+
+
 async def test_a_new_process_knows_the_epochs_of_the_old_one(bundle: Bundle):
     item = CatalogItem("new", "New", (), tuple(bundle.catalog.codes[0].tolist()))
     later = replace(bundle, catalog=bundle.catalog.with_changes(ItemChanges((item,), frozenset(), 1)))

@@ -174,3 +174,19 @@ async def test_a_folder_that_cannot_be_written_changes_nothing(redis: Redis, bas
         assert await everything(live, base) == await everything(plain, base)
         assert merged is not None
         await merged.stop()
+
+
+async def test_what_was_merged_of_a_deleted_bundle_goes(redis: Redis, base: Bundle, tmp_path: Path):
+    for name, is_there in (("deleted", False), ("kept", True)):
+        (tmp_path / "cache" / name / "7").mkdir(parents=True)
+        if is_there:
+            (base.path.parent / name).mkdir(parents=True)
+    live, merged = await catalogue(redis, tmp_path / "cache")
+    rng = random.Random(5)
+    for _ in range(30):
+        await change(live, base, rng)
+        await live.catch_up()
+        await live.bundle_at_epoch(base)
+    assert merged is not None
+    await merged.stop()
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted((base.bundle_id, "kept"))

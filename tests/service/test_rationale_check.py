@@ -249,6 +249,11 @@ class TestPieces:
             "", "", "", "It boils.", "",
         ]  # fmt: skip
 
+    def test_white_space_at_the_end_of_a_line_is_not_told_before_more_follows(self):
+        one = RationaleCheck(SPACE, INDEX, HISTORY)
+        assert one.grow("It boils \nW") == "It boils"
+        assert one.finish("It boils \nWell", ANSWER) == " \nWell"
+
     def test_nothing_is_left_of_white_space(self):
         for thought in ("", " \n ", f"\n{sid(9, 9, 9)}. \n", "\n\n"):
             one = RationaleCheck(SPACE, INDEX, HISTORY)

@@ -107,8 +107,10 @@ async def exchange(app: Any, path: str, body: Any) -> AsyncIterator[Exchange]:
     task = asyncio.ensure_future(app(_scope(path), receive, send))
     try:
         yield one
-    finally:
-        await task
+    except BaseException:
+        task.cancel()  # it may wait for what the test has not let happen
+        raise
+    await task
 
 
 def _scope(path: str) -> Scope:
@@ -182,6 +184,15 @@ async def gated(settings: Settings, error: Exception | None = None) -> AsyncIter
         yield service, engine
 
 
+async def thought_then_failure(service: Service, engine: GatedEngine) -> Exchange:
+    """The engine fails when all of its thought has been told: nothing is, before the index of titles is there."""
+    async with exchange(service.app, "/recommend", THINKING) as one:
+        engine.let(len(THOUGHT_IDS))
+        await until(lambda: "".join(data["text"] for _, data in one.events) == RATIONALE)
+        engine.let(1)
+    return one
+
+
 class TestEvents:
     """What is in a stream, and when."""
 
@@ -252,11 +263,10 @@ class TestEvents:
 
     async def test_a_fallback_ends_the_stream_like_any_answer(self, thinking_settings: Settings):
         async with gated(thinking_settings, EngineUnavailableError("it is a test")) as (service, engine):
-            engine.let(len(THOUGHT_IDS) + 1)
-            _, events = await stream(service, "/recommend", THINKING)
-        assert "".join(data["text"] for _, data in events[:-1]) == RATIONALE
-        assert (events[-1][0], events[-1][1]["reason"]) == ("answer", "engine_unavailable")
-        assert events[-1][1]["rationale"] is None
+            one = await thought_then_failure(service, engine)
+        assert "".join(data["text"] for _, data in one.events[:-1]) == RATIONALE
+        assert (one.events[-1][0], one.events[-1][1]["reason"]) == ("answer", "engine_unavailable")
+        assert one.events[-1][1]["rationale"] is None
 
 
 class TestFailures:
@@ -271,14 +281,13 @@ class TestFailures:
 
     async def test_a_fault_in_the_stream_is_its_last_event(self, thinking_settings: Settings):
         async with gated(thinking_settings, RuntimeError("secret")) as (service, engine):
-            engine.let(len(THOUGHT_IDS) + 1)
-            response, events = await stream(service, "/recommend", THINKING, x_request_id="mine")
-            name, document = events[-1]
-            assert [*{name for name, _ in events[:-1]}] == ["thought"]
+            one = await thought_then_failure(service, engine)
+            name, document = one.events[-1]
+            assert {name for name, _ in one.events[:-1]} == {"thought"}
             assert (name, document["status"], document["type"]) == ("problem", 500, "urn:sidrec:internal-error")
             assert set(document) == {"type", "title", "status", "detail", "request_id", "errors"}
             assert document["request_id"] == "mine"
-            assert "secret" not in response.text
+            assert "secret" not in one.text
             assert in_flight(service) == 0
 
     async def test_validation_keys_and_admission_come_before_the_stream(self, thinking_settings: Settings):
@@ -303,8 +312,9 @@ class TestDeparture:
         async with gated(thinking_settings) as (service, engine):
             async with exchange(service.app, "/recommend", THINKING) as one:
                 await until(lambda: in_flight(service) == 1)
-                engine.let(4 * num_events)
-                await until(lambda: len(one.events) == num_events)
+                for number in range(1, num_events + 1):
+                    engine.let(4)
+                    await until(lambda number=number: len(one.events) == number)  # type: ignore[misc]
                 one.has_left.set()
             assert engine.was_cancelled
             assert in_flight(service) == 0

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,14 +20,14 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from semantic_ids.bundle import Bundle, publish
+from semantic_ids.bundle import Bundle, activate, publish
 from semantic_ids.quantizer import DenseLayer, ResidualQuantizer
 from service.celery_app import ENCODE_QUEUE, THINK_QUEUE, make_celery
 from service.redis_keys import user_keys
 from service.settings import Settings
 from service.tasks import NewItem
-from tests.service.running import running
-from tests.service.thinking import RATIONALE
+from tests.service.running import Service, running, until
+from tests.service.thinking import RATIONALE, publish_thinking
 from tests.service.world import BY_ID, ENCODER_DIMENSION, ITEM_IDS, SPACE, make_parts, scores_of
 
 ROOT = Path(__file__).parents[2]
@@ -172,22 +173,41 @@ def test_a_worker_does_it_end_to_end(broker: str, bundles: Path, bundle: Bundle,
             client.close()
 
 
-async def test_a_worker_thinks_ahead_so_that_the_next_rationale_is_there(
-    broker: str, reciting: Bundle, tmp_path: Path, user_id: str
-):
-    data_dir, bundles = tmp_path / "redis", reciting.path.parent
+async def test_a_worker_thinks_ahead_so_that_the_next_rationale_is_there(broker: str, reciting: Bundle, tmp_path: Path):
+    """One user of the current bundle, and one of an experiment's."""
+    data_dir, bundles = tmp_path / "redis", tmp_path / "bundles"
+    shutil.copytree(reciting.path, bundles / reciting.bundle_id)
+    beside = publish_thinking(bundles, "Other.").bundle_id
+    activate(bundles, reciting.bundle_id)
     settings = Settings(bundles=bundles, data_dir=data_dir, think_ahead=True, celery_broker_url=f"{broker}/1")
     async with running(settings) as service:
+        user_id, other_id = await users_of_each_variant(service, {"bundle": beside, "rationale": True})
         with worker(THINK_QUEUE, broker, tmp_path / "log", SIDREC_BUNDLES=str(bundles), SIDREC_DATA_DIR=str(data_dir)):
             await service.clicks(user_id, *ITEM_IDS[:3])
+            await service.clicks(other_id, *ITEM_IDS[:3])
             for _ in range(900):
-                if await service.state.redis.exists(user_keys(user_id).thought):
+                if await service.state.redis.exists(*(user_keys(one).thought for one in (user_id, other_id))) == 2:
                     break
                 await asyncio.sleep(0.1)
+        other = await service.recommend(user_id=other_id)
         answer = await service.recommend(user_id=user_id, include_rationale=True)
         thinking = await service.recommend(user_id=user_id, reasoning="on", include_rationale=True)
         hits = service.state.metrics.registry.get_sample_value("sidrec_thought_cache_total", {"outcome": "hit"})
         assert await service.state.redis.get(user_keys(user_id).think_ahead) is None
+    assert (other["versions"]["bundle"], other["rationale"]) == (beside, "Other.")
     assert answer["rationale"] == thinking["rationale"] == RATIONALE
     assert scores_of(answer) == scores_of(thinking)
-    assert hits == 2
+    assert hits == 3
+
+
+async def users_of_each_variant(service: Service, overrides: dict[str, Any]) -> tuple[str, str]:
+    """Begin an experiment, and name a user of its control and one of the variant with these overrides."""
+    variants = [{"name": "control", "control": True}, {"name": "new", "overrides": overrides}]
+    content = {"name": "e", "traffic": [0.0, 1.0], "variants": variants}
+    assert (await service.http.put("/experiments/e", json=content)).status_code == 200
+    await until(lambda: not service.state.experiments.waiting)
+    found: dict[str, str] = {}
+    for number in range(50):
+        answer = await service.recommend(user_id=f"user {number}")
+        found.setdefault(answer["experiment"]["variant"], answer["user_id"])
+    return found["control"], found["new"]

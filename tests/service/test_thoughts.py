@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from semantic_ids.bundle import Bundle
+from semantic_ids.bundle import Bundle, BundleError
 from service.app import EngineFactory
-from service.engine.base import DecodeRequest, DecodeResult, Think, ThoughtEnd, ThoughtListener
+from service.engine.base import DecodeRequest, DecodeResult, Engine, Think, ThoughtEnd, ThoughtListener
 from service.metrics import Metrics
 from service.recommender import Recommender, ThinkingLimits
 from service.redis_keys import user_keys
@@ -24,7 +26,7 @@ from service.thoughts import Thoughts
 from tests.service.engines import InstantEngine
 from tests.service.running import PATIENT_MS, Service, running, until
 from tests.service.test_sse import parse
-from tests.service.thinking import encode
+from tests.service.thinking import encode, publish_thinking
 from tests.service.world import BY_ID, ITEM_IDS, ITEMS, SPACE, ids_of, scores_of
 
 EVENTS = "text/event-stream"
@@ -315,13 +317,13 @@ class Sent:
     """Stands where the broker is."""
 
     def __init__(self) -> None:
-        self.users: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str, str]] = []
         self.error: Exception | None = None
 
-    def __call__(self, tenant: str, user_id: str) -> None:
+    def __call__(self, tenant: str, user_id: str, bundle_id: str) -> None:
         if self.error is not None:
             raise self.error
-        self.users.append((tenant, user_id))
+        self.asked.append((tenant, user_id, bundle_id))
 
 
 @asynccontextmanager
@@ -357,10 +359,10 @@ class TestAhead:
             await service.clicks(user_id, ITEM_IDS[9])
             await service.recommend(user_id=user_id, include_rationale=True)
             await until(lambda: ahead_of(service, "known") >= 1)
-            assert sent.users == [("default", user_id)]
+            assert sent.asked == [("default", user_id, service.state.bundle.bundle_id)]
             await service.state.redis.delete(user_keys(user_id).think_ahead)
             await service.recommend(user_id=user_id, include_rationale=True)
-            await until(lambda: len(sent.users) == 2)
+            await until(lambda: len(sent.asked) == 2)
 
     async def test_a_broker_that_is_down_is_no_error_of_a_request(self, reciting_settings: Settings, user_id: str):
         async with asking_ahead(reciting_settings, "A.") as (service, sent):
@@ -372,13 +374,24 @@ class TestAhead:
             assert await service.state.redis.get(user_keys(user_id).think_ahead) is None
             sent.error = None
             await service.clicks(user_id, ITEM_IDS[9])
-            await until(lambda: sent.users == [("default", user_id)])
+            await until(lambda: sent.asked == [("default", user_id, service.state.bundle.bundle_id)])
+
+    async def test_another_bundle_is_asked_too(self, reciting_settings: Settings, user_id: str):
+        async with asking_ahead(reciting_settings, "A.") as (service, sent):
+            await service.clicks(user_id, *HISTORY)
+            ahead = ThinkAhead(service.state.redis, sent, Metrics())
+            sending = asyncio.create_task(ahead.run())
+            for bundle_id in ("one", "one", "other", "other"):
+                ahead.ask("default", user_id, bundle_id)
+                await asyncio.sleep(0.05)
+            sending.cancel()
+            assert [asked[-1] for asked in sent.asked] == [service.state.bundle.bundle_id, "one", "other"]
 
     async def test_what_does_not_fit_the_queue_is_dropped_and_counted(self):
         metrics = Metrics()
         ahead = ThinkAhead(None, Sent(), metrics)  # type: ignore[arg-type]
         for number in range(1_003):
-            ahead.ask("default", f"u{number % 1_002}")
+            ahead.ask("default", f"u{number % 1_002}", "a bundle")
         assert metrics.registry.get_sample_value("sidrec_think_ahead_total", {"outcome": "dropped"}) == 2
 
     async def test_the_setting_sends_through_celery_and_a_dead_broker_delays_nobody(
@@ -410,7 +423,7 @@ class TestThinker:
         ):
 
             async def outcome(user: str = user_id) -> str:
-                return await asyncio.to_thread(one.think, "default", user)
+                return await asyncio.to_thread(one.think, "default", user, service.state.bundle.bundle_id)
 
             assert await outcome("nobody") == "no_history"
             await service.clicks(user_id, *HISTORY)
@@ -429,14 +442,60 @@ class TestThinker:
             self.thinker(service, reciting_settings) as one,
         ):
             await service.clicks(user_id, *HISTORY)
-            assert await asyncio.to_thread(one.think, "default", user_id) == "thought"
+            assert await asyncio.to_thread(one.think, "default", user_id, service.state.bundle.bundle_id) == "thought"
             put = await service.http.put(f"/items/{HISTORY[0]}", json={"title": "Another Thing", "categories": []})
             assert put.status_code == 200
             assert (await service.recommend(user_id=user_id, include_rationale=True))["rationale"] is None
-            assert await asyncio.to_thread(one.think, "default", user_id) == "thought"
+            assert await asyncio.to_thread(one.think, "default", user_id, service.state.bundle.bundle_id) == "thought"
             assert (await service.recommend(user_id=user_id, include_rationale=True))["rationale"] == "A."
+
+    async def test_it_thinks_with_the_bundle_it_is_told_and_keeps_two_engines(
+        self, reciting_settings: Settings, reciting: Bundle, tmp_path: Path, user_id: str
+    ):
+        root, made = tmp_path / "bundles", dict[str, Engine]()
+        shutil.copytree(reciting.path, root / reciting.bundle_id)
+        others = [publish_thinking(root, thought).bundle_id for thought in ("B.", "C.")]
+        settings = reciting_settings.model_copy(update={"bundles": root})
+
+        def make(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
+            made[bundle.bundle_id] = scripted(bundle.bundle_id[-1])(bundle, settings, metrics)
+            return made[bundle.bundle_id]
+
+        async with running(settings, scripted("B.")) as service:
+            await service.clicks(user_id, *HISTORY)
+            one = Thinker(settings, make)
+            try:
+                for bundle_id in (reciting.bundle_id, others[0], reciting.bundle_id, others[1]):
+                    assert await asyncio.to_thread(one.think, "default", user_id, bundle_id) == "thought"
+                    kept = await service.state.redis.get(thought_key(user_id))
+                    assert json.loads(kept or "{}")["bundle"] == bundle_id
+                assert {bundle_id: engine.problem for bundle_id, engine in made.items()} == {
+                    reciting.bundle_id: None, others[0]: "stopped", others[1]: None
+                }  # fmt: skip
+                with pytest.raises(ValueError, match="is not a bundle id"):
+                    one.think("default", user_id, "../bundles")
+                with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+                    await asyncio.to_thread(one.think, "default", user_id, "20200101T000000Z-0123456789ab")
+            finally:
+                await asyncio.to_thread(one.close)
+            assert {engine.problem for engine in made.values()} == {"stopped"}
+
+    async def test_it_looks_for_the_merged_catalogue_of_the_service(
+        self, reciting_settings: Settings, reciting: Bundle, tmp_path: Path, user_id: str
+    ):
+        (tmp_path / "merged" / reciting.bundle_id / "1").mkdir(parents=True)  # one that is damaged: it has no files
+        settings = reciting_settings.model_copy(update={"catalog_cache": tmp_path / "merged"})
+        async with running(reciting_settings, scripted("B.")) as service, self.thinker(service, settings) as one:
+            await service.clicks(user_id, *HISTORY)
+            await service.http.put(f"/items/{HISTORY[0]}", json={"title": "Another Thing", "categories": []})
+            with capture_logs() as logs:
+                assert await asyncio.to_thread(one.think, "default", user_id, reciting.bundle_id) == "thought"
+        (found,) = [entry for entry in logs if entry["event"] == "merged_catalog_left"]
+        assert found["folder"] == str(tmp_path / "merged" / reciting.bundle_id / "1")
 
     async def test_a_bundle_that_cannot_think_is_left_alone(self, settings: Settings, user_id: str):
         async with running(settings, scripted("B.")) as service, self.thinker(service, settings) as one:
             await service.clicks(user_id, *HISTORY)
-            assert await asyncio.to_thread(one.think, "default", user_id) == "cannot_think"
+            assert (
+                await asyncio.to_thread(one.think, "default", user_id, service.state.bundle.bundle_id) == "cannot_think"
+            )

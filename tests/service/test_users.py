@@ -53,6 +53,25 @@ async def test_any_user_id_can_be_read_and_erased(instant_service: Service, name
     assert await instant_service.history(encoded) == []
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("DELETE", "/users/u/history", 405),  # neither the user `u/history` nor the history of `u`
+        ("GET", "/users/u%2Fhistory", 405),
+        ("GET", "/users/a/b/history", 404),
+        ("DELETE", "/users/a/b", 404),
+        ("GET", "/users/u%2Fhistory/history", 200),
+    ],
+)
+async def test_a_slash_that_is_not_encoded_is_no_part_of_an_id(
+    instant_service: Service, method: str, path: str, status: int
+):
+    await instant_service.clicks("u", ITEM_IDS[0])
+    assert (await instant_service.http.request(method, path)).status_code == status
+    assert await instant_service.history("u") == [ITEM_IDS[0]]
+    assert (await instant_service.http.delete("/users/u")).status_code == 204
+
+
 async def test_a_user_id_is_at_most_128_characters_in_a_path_too(instant_service: Service):
     document = assert_problem(await instant_service.http.get(f"/users/{'x' * 129}/history"), 422, "invalid-request")
     assert document["errors"][0]["path"] == "path.user_id"

@@ -352,6 +352,32 @@ async def test_an_arm_whose_engine_dies_degrades_and_is_counted_there(service: S
     assert not (await service.recommend(user_id=users["control"], history=HISTORY))["degraded"]
 
 
+async def test_each_engine_has_its_own_breaker_and_line_which_go_with_it(
+    service: Service, world: World, engines: Engines
+):
+    """The arm's engine fails until its breaker opens, and is stopped, and made anew."""
+
+    def breaker(bundle_id: str) -> float | None:
+        return sample(service, "sidrec_breaker_state", dependency="engine", bundle=bundle_id)
+
+    def predicted_s(bundle_id: str) -> float | None:
+        return sample(service, "sidrec_predicted_wait_seconds", bundle=bundle_id)
+
+    engines.make[world.second] = lambda bundle: FailingEngine(bundle, EngineUnavailableError("it is a test"))
+    users = await begin(service, experiment(world.second))
+    for _ in range(5):
+        await service.recommend(user_id=users["new"], history=HISTORY)
+    assert (breaker(world.first), breaker(world.second)) == (0, 2)
+    assert (predicted_s(world.first) or 0) > 0
+    assert predicted_s(world.second) == 0, "it has answered nobody"
+    await put(service, experiment(world.second, status="stopped"))
+    await until_true(lambda: breaker(world.second) is None and predicted_s(world.second) is None)
+    assert breaker(world.first) == 0
+    engines.make[world.second] = Backwards
+    await put(service, experiment(world.second) | {"name": "again"})
+    await until_true(lambda: breaker(world.second) == 0)
+
+
 async def test_an_item_is_put_and_deleted_in_both_arms(service: Service, world: World):
     users = await begin(service, experiment(world.second))
 
@@ -370,6 +396,58 @@ async def test_an_item_is_put_and_deleted_in_both_arms(service: Service, world: 
         assert [await shown(variant, "new") for variant in users] == [[], []]
     (beside,) = (await versions(service))["beside"]
     assert beside["catalog_epoch"] == (await versions(service))["catalog_epoch"] == 6
+
+
+@pytest.mark.parametrize("held", ["start", "use_catalog"])
+async def test_a_deletion_while_an_arm_starts_holds_from_its_first_answer(
+    service: Service, world: World, engines: Engines, held: str
+):
+    """The engine waits before its canary, or before it takes the epoch that it is brought to."""
+    may_go, waits = asyncio.Event(), asyncio.Event()
+
+    class Waiting(Backwards):
+        async def start(self) -> None:
+            await self._wait("start")
+            await super().start()
+
+        async def use_catalog(self, bundle: Bundle) -> None:
+            await self._wait("use_catalog")
+
+        async def _wait(self, where: str) -> None:
+            if where == held:
+                waits.set()
+                await may_go.wait()
+
+    async def change(item_id: str) -> None:
+        body = {"title": "New", "categories": [], "sid": "<a_0><b_7><c_15>"}
+        assert (await service.http.put(f"/items/{item_id}", json=body)).status_code == 200
+
+    engines.make[world.second] = Waiting
+    deleted = ITEM_IDS[60]
+    await change("before")
+    await put(service, experiment(world.second))
+    await waits.wait()
+    await change("meanwhile")
+    assert (await service.http.delete(f"/items/{deleted}")).status_code == 200
+    await change("after")  # and the current bundle forgets a deletion that all of its epochs have
+    is_over = asyncio.Event()
+    answered: Counter[str] = Counter()
+
+    async def ask(user_id: str) -> None:
+        while not is_over.is_set():
+            asked = {"user_id": user_id, "history": HISTORY, "filter": {"include_items": [deleted, "before"]}}
+            answer = await service.recommend(**asked)
+            assert ids_of(answer) == ["before"]
+            answered[answer["versions"]["bundle"]] += 1
+            await asyncio.sleep(0)
+
+    crowd = [asyncio.ensure_future(ask(f"u{number}")) for number in range(8)]
+    await asyncio.sleep(0.1)
+    may_go.set()
+    await in_force(service)
+    await until_true(lambda: answered[world.second] > 10)
+    is_over.set()
+    await asyncio.gather(*crowd)
 
 
 async def test_a_put_is_answered_when_every_arm_has_the_item(service: Service, world: World, engines: Engines):

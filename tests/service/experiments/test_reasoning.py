@@ -149,7 +149,7 @@ class OnThought(InstantEngine):
 @pytest.mark.parametrize(
     ("told", "deadline_ms", "outcome"),
     [
-        ("sleep", 95, "no_time"),  # less than what the engine is taken to need beside a thought
+        ("sleep", 85, "no_time"),  # less than what the engine is taken to need beside a thought
         ("sleep", 400, "deadline"),
         ("fail", 60_000, "engine_unavailable"),
         ("lose", 60_000, "model_output_repaired"),
