@@ -36,9 +36,11 @@ class EpochFolders:
         return root / bundle.catalog_id
 
     async def _made(self) -> Path:
-        if self._root is None:
-            self._root, self._lock_fd = await asyncio.to_thread(_made)
-        return self._root
+        root = self._root
+        if root is None:
+            root, self._lock_fd = await asyncio.to_thread(_made)
+            self._root = root
+        return root
 
     async def remove(self, catalog_id: str) -> None:
         """Remove an epoch's folder, if there is one; whoever has mapped it keeps it."""
