@@ -36,10 +36,10 @@ class EpochFolders:
         return root / bundle.catalog_id
 
     async def _made(self) -> Path:
-        root = self._root
-        if root is None:
-            root, self._lock_fd = await asyncio.to_thread(_made)
-            self._root = root
+        if self._root is not None:
+            return self._root
+        root, self._lock_fd = await asyncio.to_thread(_made)
+        self._root = root
         return root
 
     async def remove(self, catalog_id: str) -> None:
