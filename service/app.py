@@ -109,7 +109,7 @@ def create_app(
     openapi.install(app)
     app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s)
     app.add_middleware(EarlyGate)
-    app.add_middleware(Instrumented, metrics=metrics)
+    app.add_middleware(Instrumented, metrics=metrics, logs_requests=settings.request_log)
     app.add_middleware(Traced)
     app.add_middleware(EncodedPaths)
     return app

@@ -1,4 +1,7 @@
-"""What surrounds every request: its id, its time, its count, and the answer to a fault. Plain ASGI."""
+"""What surrounds every request: its id, its time, its count, its line in the log, and the answer to a fault. Plain ASGI.
+
+Whatever is logged while a request is worked on has its id (`structlog.contextvars`).
+"""
 
 import re
 import time
@@ -28,9 +31,10 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that did not wait fo
 class Instrumented:
     """Gives each request an id (the caller's `x-request-id`, if it is printable ASCII), and measures its answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, logs_requests: bool = False) -> None:
         self._app = app
         self._metrics = metrics
+        self._logs_requests = logs_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI request; anything but HTTP passes through."""
@@ -40,6 +44,7 @@ class Instrumented:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given.decode() if _GIVEN_ID.fullmatch(given) else new_ulid()
         scope["sidrec_request_id"] = request_id
+        structlog.contextvars.bind_contextvars(request_id=request_id)  # of this request's task
         timings: dict[str, float] = {}
         scope["sidrec_timings_ms"] = timings
         start = time.perf_counter()
@@ -69,8 +74,13 @@ class Instrumented:
         finally:
             route = _route_of(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"  # a caller may invent methods
+            seconds = time.perf_counter() - start
             self._metrics.requests.labels(method, route, status).inc()
-            self._metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            if self._logs_requests:  # the route, not the path: that names users
+                stages = {f"{stage}_ms": ms for stage, ms in timings.items() if stage != "total"}
+                log.info("request", method=method, route=route, status=status, ms=round(1000 * seconds, 3), **stages)
+            structlog.contextvars.unbind_contextvars("request_id")
 
 
 def _secure(headers: MutableHeaders, path: str) -> None:

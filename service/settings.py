@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    request_log: bool = Field(False, description="a line in the log for each request: route, status, times, id")
     log_format: Literal["json", "console"] = "json"
 
     @property

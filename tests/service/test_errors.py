@@ -1,10 +1,12 @@
 """Every error is a problem document, and nothing of an exception leaves the service."""
 
+import asyncio
 from typing import Any
 
 import pytest
 import structlog
 
+from service.engine.base import EngineUnavailableError
 from service.errors import UnavailableProblem
 from service.settings import Settings
 from tests.service.engines import failing
@@ -115,6 +117,35 @@ async def test_a_fault_of_ours_says_nothing_but_its_request_id(settings: Setting
         counted = {"method": "POST", "route": "/recommend", "status": "500"}
         assert service.state.metrics.registry.get_sample_value("sidrec_http_requests_total", counted) == 1
         assert (await service.http.get("/health/live")).status_code == 200, "the service lives on"
+
+
+async def test_what_a_request_logs_has_its_id(settings: Settings):
+    logged = settings.model_copy(update={"request_log": True})
+    async with running(logged, failing(EngineUnavailableError("it is a test"))) as service:
+        with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logs:
+            answers = [
+                service.post("/recommend", {"user_id": "u/secret", "history": [ITEM_IDS[0]]}, x_request_id=f"trace-{n}")
+                for n in range(2)
+            ]
+            await asyncio.gather(*answers)
+            await service.http.get("/users/u%2Fsecret/history", headers={"x-request-id": "trace-2"})
+    failed = [entry["request_id"] for entry in logs if entry["event"] == "engine_failed"]
+    assert sorted(failed) == ["trace-0", "trace-1"]
+    lines = {entry["request_id"]: entry for entry in logs if entry["event"] == "request"}
+    assert sorted(lines) == ["trace-0", "trace-1", "trace-2"]
+    assert (lines["trace-0"]["method"], lines["trace-0"]["route"], lines["trace-0"]["status"]) == (
+        "POST", "/recommend", 200,
+    )  # fmt: skip
+    assert lines["trace-0"]["ms"] >= lines["trace-0"]["history_ms"] >= 0
+    assert lines["trace-2"]["route"] == "/users/{user_id}/history"
+    assert "secret" not in str(lines)
+
+
+async def test_requests_are_logged_only_where_that_is_asked_for(settings: Settings):
+    async with running(settings) as service:
+        with structlog.testing.capture_logs() as logs:
+            await service.post("/recommend", {"history": [ITEM_IDS[0]]})
+    assert "request" not in {entry["event"] for entry in logs}
 
 
 async def test_a_problem_from_the_depths_is_answered_as_what_it_is(settings: Settings):
