@@ -154,8 +154,9 @@ class Deployment:
 
     async def unfollow(self) -> None:
         """Stay at the present epoch."""
-        if self.following is not None:
-            await ended(self.following)
+        following, self.following = self.following, None  # or they keep each other until a full collection
+        if following is not None:
+            await ended(following)
 
     async def stop(self) -> None:
         """Stop the engine; what is being decoded is answered."""

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from service.http_protocol import BoundedHttp
 
-_GC_THRESHOLDS = (10_000, 50, 100)
+_GC_THRESHOLDS = (10_000, 50, 20)
 """When Python looks for cycles: after so many new objects, so many times that, and so on. Requests leave few behind;
 with Python's own 700, 10 and 10 it took a tenth of the time under load, up to 20 ms at once."""
 

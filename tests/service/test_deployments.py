@@ -138,15 +138,15 @@ async def test_no_request_of_a_crowd_is_dropped_by_many_switches(
 
 
 async def test_switching_on_and_on_leaves_no_process_file_or_mapping(
-    two_bundles: tuple[Path, str, str], tmp_path: Path
+    two_bundles: tuple[Path, str, str], tmp_path: Path, request: pytest.FixtureRequest
 ):
     """With the local engine. What the first round opens for good, such as the forkserver, does not count, nor does a
-    connection to Redis that comes or goes: something left by each switch would be three more at least.
+    connection to Redis that comes or goes: something left by each switch would be three more at least. It goes by
+    itself: a full collection is rare, and may be hours away.
     """
     root, first, second = two_bundles
 
     def held() -> tuple[int, int]:
-        gc.collect()
         return len([*Path("/proc/self/fd").iterdir()]), Path("/proc/self/maps").read_text().count(str(root))
 
     async with running(Settings(bundles=root, data_dir=tmp_path / "redis"), make_engine) as service:
@@ -155,15 +155,22 @@ async def test_switching_on_and_on_leaves_no_process_file_or_mapping(
             assert (await service.post(f"/admin/bundles/{bundle_id}/activate", {})).status_code == 200
             assert await served(service) == bundle_id
             await until(lambda: not service.state.deployments.ending)
+            sid = service.state.bundle.catalog.sid(0)
+            put = await service.http.put("/items/new", json={"title": f"For {bundle_id}", "sid": sid})
+            assert put.status_code == 200, put.text
             engine = service.state.engine
             assert isinstance(engine, LocalEngine)
             assert engine.pid is not None
             await until(lambda engine=engine: {pid for pid in pids if is_alive(pid)} <= {engine.pid})  # type: ignore[misc]
             pids.add(engine.pid)
             counts.append(held())
+            if len(counts) == 2:
+                gc.collect()
+                request.addfinalizer(gc.enable)
+                gc.disable()
         assert len(pids) == 8
     for of_one_kind in zip(*counts, strict=True):
-        assert min(of_one_kind[4:]) <= min(of_one_kind[:2]) + 2, counts
+        assert max(of_one_kind[4:]) <= max(of_one_kind[:3]) + 4, counts
     await until(lambda: not any(map(is_alive, pids)))
 
 
