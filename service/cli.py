@@ -77,6 +77,7 @@ def run(
     def announce() -> None:
         bundle_id = web.state.sidrec.bundle.bundle_id
         console.print(f"\nServing bundle [bold]{bundle_id}[/] on [bold]{address}[/]  (Ctrl-C stops it)", soft_wrap=True)
+        console.print(f"To try it out in a browser: [bold]{address}/console[/]", soft_wrap=True)
         if example is not None:
             _print_examples(address, *example)
 

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its time, its count, its line in the log, and the answer to a fault. Plain ASGI.
+"""What surrounds every request: its id, its time, its count, its line in the log, the answer to a fault. Plain ASGI.
 
 Whatever is logged while a request is worked on has its id (`structlog.contextvars`).
 """

@@ -87,6 +87,7 @@ class Project:
         """Runs the script; `torch` and the system `libraries` are what the environment has."""
         inherited = {name: value for name, value in os.environ.items() if name not in {"TORCH_BACKEND", "PYTHON"}}
         environment = {"VENV": "venv", "TORCH": torch, "LIBRARIES": libraries, "PYTHONPATH": str(self.root / "modules")}
+        environment["PATH"] = f"{self.root / 'bin'}{os.pathsep}{inherited['PATH']}"
         return subprocess.run(
             ["scripts/bootstrap.sh", extras],
             cwd=self.root,
@@ -120,6 +121,7 @@ case "$*" in
   *) exec '{sys.executable}' -S "$@" ;;
 esac
 """,
+    "bin/chromium": "#!/bin/sh\n",
     "modules/ctypes.py": """
 import os
 
@@ -231,3 +233,84 @@ def test_without_libnuma_the_cpu_build_says_what_to_install(project: Project) ->
 
 def test_only_the_cpu_build_needs_libnuma(project: Project) -> None:
     assert project.bootstrap("dev", libraries="").returncode == 0
+
+
+APT_INSTALL = "apt-get install -y --no-install-recommends chromium"
+
+
+def without_chromium(project: Project, user: int, *, sudo: bool = False) -> dict[str, str]:
+    """A PATH of all programs here but browsers, with an `apt-get` that logs and brings one; who runs it is `user`."""
+    programs = project.root / "programs"
+    programs.mkdir()
+    stubs = {
+        "id": f"echo {user}\n",
+        "sudo": 'shift\n"$@"\n' if sudo else "exit 1\n",
+        "apt-get": f'echo "apt-get $*" >> apt.log\nif [ "$1" = install ]; then cp /bin/true {programs}/chromium; fi\n',
+    }
+    for name, text in stubs.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}")
+        (programs / name).chmod(0o755)
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for program in Path(folder).glob("*"):
+            if not re.match("chrom|google-chrome", program.name) and not (programs / program.name).exists():
+                (programs / program.name).symlink_to(program)
+    return {"PATH": str(programs)}
+
+
+@pytest.mark.parametrize(("user", "sudo"), [(0, False), (1000, True)])
+def test_a_missing_chromium_is_installed_for_the_tests(project: Project, user: int, sudo: bool) -> None:
+    settings = without_chromium(project, user, sudo=sudo)
+    for _ in range(2):
+        run = project.bootstrap("dev", **settings)
+        assert run.returncode == 0, run.stderr
+    assert (project.root / "apt.log").read_text().splitlines() == ["apt-get update -qq", APT_INSTALL]
+
+
+def test_a_missing_chromium_that_cannot_be_installed_is_named_with_its_command(project: Project) -> None:
+    settings = without_chromium(project, 1000)
+    run = project.bootstrap("dev", **settings)
+    assert run.returncode == 1
+    assert f"Install it: {APT_INSTALL}" in run.stderr
+    assert not project.installed()
+    assert project.bootstrap("service,training", **settings).returncode == 0
+    assert not (project.root / "apt.log").exists()
+
+
+ASK_FOR_THE_CONSOLE = """
+import asyncio, fastapi, httpx
+from service import console_routes
+
+async def ask():
+    app = fastapi.FastAPI()
+    app.include_router(console_routes.router)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as http:
+        for path in ("/console", "/console/console.css", "/console/console.js"):
+            response = await http.get(path)
+            print(console_routes.__file__, response.status_code, len(response.content))
+
+asyncio.run(ask())
+"""
+
+
+def test_an_installed_package_has_the_console(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("semantic_ids", "service", "training"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    run = subprocess.run(
+        [sys.executable, "-c", ASK_FOR_THE_CONSOLE],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    files = [ROOT / "service" / "console" / name for name in ("index.html", "console.css", "console.js")]
+    module = site / "service" / "console_routes.py"
+    assert run.stdout.splitlines() == [f"{module} 200 {file.stat().st_size}" for file in files]

@@ -78,6 +78,7 @@ class Process:
     def address(self) -> str:
         """Where it answers, once it does."""
         address = self.wait_for(r"Serving bundle \S+ on (http://[\d.]+:\d+)")[1]
+        self.wait_for(rf"in a browser: {re.escape(address)}/console\n")
         give_up_at = time.monotonic() + 20
         while True:
             try:
