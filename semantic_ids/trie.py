@@ -125,6 +125,13 @@ class SidTrie:
         node = np.repeat(first, counts) + within
         return Children(parent, self.tokens[node].astype(np.int64), node)
 
+    def has_one_child(self, nodes: Nodes) -> npt.NDArray[np.bool_]:
+        """Which of M nodes of one level (M,), none of them a leaf, leave no choice."""
+        if len(nodes) and nodes[0] == ROOT:
+            return np.full(len(nodes), self.level_starts[1] == 1)
+        only: npt.NDArray[np.bool_] = self.first_child[nodes + 1] - self.first_child[nodes] == 1
+        return only
+
     def leaf_range(self, nodes: Nodes, level: int) -> tuple[Nodes, Nodes]:
         """The half-open interval of leaf edges under each node (M,) of `level` (-1 = the root)."""
         if level < 0:

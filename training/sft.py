@@ -25,8 +25,7 @@ from torch.nn import functional
 from semantic_ids.bundle import load_text_tokenizer
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary, TokenIds
-from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
-from semantic_ids.decoding.tree_decoder import TreeDecoder, level_logits
+from semantic_ids.decoding.tree_decoder import TreeDecoder, level_head
 from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
@@ -38,9 +37,13 @@ from semantic_ids.prompt import (
     make_renderer,
     window_start,
 )
+from semantic_ids.quantizer import Vectors
 from semantic_ids.trie import ROOT
 from training.base_model import extend_pretrained
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.distillation import TeacherLists, teacher_log_likelihood
+from training.item_memory import ItemMemory, memory_of, plain_state
+from training.legal_softmax import child_log_probs
 from training.sequences import Sequences
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 
@@ -68,10 +71,19 @@ class SftConfig(StageConfig):
     intermediate_size: PositiveInt = 384
     dropout: float = Field(0.2, ge=0, lt=1, description="of embeddings and of each block's output; not for base_model")
     max_history: PositiveInt = Field(50, description="most items in a prompt")
+    item_memory: bool = Field(
+        False, description="one row per code for input and output, fed by text and SASRec's vectors; from scratch only"
+    )
+    distillation: float = Field(
+        0.0, ge=0, lt=1, description="share of the loss that is a teacher's: the item-kNN without the user's own doing"
+    )
     thinking: bool = Field(False, description="prompts with a think block, empty in this stage; for base_model only")
     batch_size: PositiveInt = 32
     max_epochs: PositiveInt = 30
     patience: PositiveInt = Field(4, description="epochs without a better validation loss before it stops")
+    keep: Literal["best", "last"] = Field(
+        "best", description="best: of validation loss, until patience ends; last: all of max_epochs (ranking gains on)"
+    )
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_share: float = Field(0.05, ge=0, lt=1)
@@ -79,6 +91,13 @@ class SftConfig(StageConfig):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass (autocast)")
     threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
+
+    @field_validator("item_memory")
+    @classmethod
+    def _needs_tables_of_its_own(cls, item_memory: bool, others: ValidationInfo) -> bool:
+        if item_memory and others.data.get("base_model") is not None:
+            raise ValueError("a base model brings its tables with it: leave sft.item_memory or sft.base_model out")
+        return item_memory
 
     @field_validator("thinking")
     @classmethod
@@ -135,20 +154,24 @@ def run(
     train: Sequences,
     validation: TargetSplit,
     folder: StageFolder,
+    features: Vectors | None = None,
+    teacher: TeacherLists | None = None,
 ) -> SftSummary:
-    """Train, keep the epoch with the best validation loss, write a transformers checkpoint into `model/`.
+    """Train, keep the epoch with the best validation loss or the last, write a transformers checkpoint into `model/`.
 
-    Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit.
+    Sequences and targets are catalogue ranks; `features` (N, F) by rank is what `item_memory` knows of the items, and
+    `teacher` has a list of ranks for each event of `train` where there is `distillation`.
+    Resumes after the last finished epoch, bit for bit.
     """
-    if len(validation.targets) == 0:
-        raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
+    _require_inputs(config, validation, teacher)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model, vocabulary, renderer = build_model(config, catalog, folder.path)
+    model, vocabulary, renderer = build_model(config, catalog, folder.path, features)
     examples = Examples(catalog, vocabulary, renderer)
+    numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
     batches_per_epoch = len(list(epoch_batches(train, config, epoch=0)))
     total_steps = batches_per_epoch * config.max_epochs
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.98))
@@ -166,14 +189,15 @@ def run(
         while epoch < config.max_epochs and epoch - progress["best_epoch"] < config.patience:
             start, tokens, total, num_items = time.monotonic(), 0, 0.0, 0
             model.train()
-            for windows in epoch_batches(train, config, epoch):
-                batch = examples.batch(windows)
+            for events in epoch_batches(numbered, config, epoch):
+                batch = examples.batch(Sequences(events.offsets, train.items[events.items]))
+                lists = teacher.select(events.items) if teacher is not None else None
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                    log_likelihood = item_log_likelihood(model, catalog, vocabulary, batch)  # (items,)
+                    log_likelihood, expected = log_likelihoods(model, catalog, vocabulary, batch, lists)  # (items,)
                 loss = -log_likelihood.mean()
                 _refuse_non_finite(loss.item(), epoch + 1, config)
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
+                torch.autograd.backward(torch.lerp(loss, -expected.mean(), config.distillation))
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 schedule.step()
@@ -185,7 +209,7 @@ def run(
             _refuse_non_finite(-validated, epoch, config)
             progress |= {"train": total / num_items, "tokens": progress["tokens"] + tokens}
             progress["seconds"] += time.monotonic() - start
-            if validated > progress["best"]:
+            if config.keep == "last" or validated > progress["best"]:
                 progress |= {"best": validated, "best_epoch": epoch}
                 _save_model(model, folder.path / MODEL)
             save_checkpoint(
@@ -264,17 +288,40 @@ def _batch(token_ids: list[TokenIds], places: list[npt.NDArray[np.int64]], ranks
 
 def item_log_likelihood(model: "PreTrainedModel", catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
     """Score of each target item, (items,): the sum over levels of its code's log-probability among the legal codes."""
+    return log_likelihoods(model, catalog, vocabulary, batch)[0]
+
+
+def log_likelihoods(
+    model: "PreTrainedModel",
+    catalog: Catalog,
+    vocabulary: SidVocabulary,
+    batch: Batch,
+    teacher: TeacherLists | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score of each target item, (items,), and of what the teacher expects along its path; 0 without a teacher."""
+    if (memory := memory_of(model)) is not None:
+        memory.bake(model)
     hidden = model.base_model(inputs_embeds=_embed(model, batch.token_ids), use_cache=False).last_hidden_state
-    codes = torch.from_numpy(catalog.codes[batch.ranks].astype(np.int64))  # (items, L)
     path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
-    total = torch.zeros(len(codes))
+    all_paths = catalog.trie.path_of_rank(np.arange(len(catalog))) if teacher is not None else path  # (N, L)
+    total, expected = torch.zeros(len(path)), torch.zeros(len(path))
     for level in range(vocabulary.space.num_levels):
         prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
-        distinct, place = np.unique(prefix, return_inverse=True)
-        mask = LegalCodes.of(catalog.trie, distinct, hidden.device).mask[torch.from_numpy(place)]  # (items, K)
-        logits = level_logits(model, vocabulary, hidden[batch.rows, batch.positions[:, level]], level)
-        total = total + legal_log_softmax(logits, mask).gather(1, codes[:, level : level + 1])[:, 0]
-    return total
+        open_items = np.flatnonzero(~catalog.trie.has_one_child(prefix))  # what is forced adds exactly 0
+        if not len(open_items):
+            continue
+        places, prefix, node = torch.from_numpy(open_items), prefix[open_items], path[open_items, level]
+        scores = child_log_probs(
+            hidden[batch.rows[places], batch.positions[places, level]],
+            *level_head(model, vocabulary, level),
+            catalog.trie,
+            prefix,
+        )
+        total = total.index_add(0, places, scores.of(node))
+        if teacher is not None:
+            of_teacher = teacher_log_likelihood(scores, teacher.select(open_items), all_paths, prefix, level, node)
+            expected = expected.index_add(0, places, of_teacher)
+    return total, expected
 
 
 @torch.inference_mode()
@@ -333,15 +380,22 @@ def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[S
 
 
 def build_model(
-    config: SftConfig, catalog: Catalog, folder: Path
+    config: SftConfig, catalog: Catalog, folder: Path, features: Vectors | None = None
 ) -> tuple["PreTrainedModel", SidVocabulary, PromptRenderer]:
-    """A fresh or extended model with its SID block and its prompts; a base model's tokenizer goes into `model/`."""
+    """A fresh or extended model with its SID block and its prompts; a base model's tokenizer goes into `model/`.
+
+    `features` (N, F) by catalogue rank: what `item_memory` knows of the items.
+    """
     from transformers import AutoModelForCausalLM
 
     if config.base_model is None:
         vocabulary = compact_vocabulary(catalog)
         model = AutoModelForCausalLM.from_config(_fresh_config(config, vocabulary))
         _add_dropout(model, config.dropout)
+        if config.item_memory:
+            if features is None:
+                raise StageError("sft.item_memory=true needs what is known of the items, and nothing was given")
+            ItemMemory(catalog, vocabulary, features, config.hidden_size).install(model)
         return (
             model,
             vocabulary,
@@ -408,6 +462,13 @@ def _parameter_groups(model: "PreTrainedModel", config: SftConfig) -> list[dict[
     return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+def _require_inputs(config: SftConfig, validation: TargetSplit, teacher: TeacherLists | None) -> None:
+    if len(validation.targets) == 0:
+        raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
+    if config.distillation and teacher is None:
+        raise StageError(f"sft.distillation={config.distillation} needs a teacher's lists, and nothing was given")
+
+
 def _refuse_non_finite(loss: float, epoch: int, config: SftConfig) -> None:
     if not math.isfinite(loss):
         raise StageError(f"the loss is {loss} in epoch {epoch}: lower sft.learning_rate (now {config.learning_rate})")
@@ -424,7 +485,7 @@ def _save_model(model: "PreTrainedModel", path: Path) -> None:
     """Replace the weights in `path`; the tokenizer's files stay."""
     staging = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
+    model.save_pretrained(staging, state_dict=plain_state(model))
     for file in path.iterdir() if path.exists() else ():
         if not (staging / file.name).exists():
             shutil.copy(file, staging / file.name)

@@ -172,20 +172,20 @@ class TreeDecoder:
     @torch.inference_mode()
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """The K logits of one level, (M, D) → (M, K)."""
-        return level_logits(self.model, self.vocabulary, hidden, level)
+        return functional.linear(hidden, *level_head(self.model, self.vocabulary, level))
 
     @torch.inference_mode()
     def token_logits(self, hidden: Tensor) -> Tensor:
         """The logits of every token, for free text, (M, D) → (M, V)."""
-        return _logits(self.model, hidden, slice(self.vocabulary.vocab_size))
+        return functional.linear(hidden, *_head(self.model, slice(self.vocabulary.vocab_size)))
 
 
-def level_logits(model: "PreTrainedModel", vocabulary: SidVocabulary, hidden: Tensor, level: int) -> Tensor:
-    """The K logits of one level, (M, D) → (M, K), for training and decoding: only that block of the head is read."""
-    return _logits(model, hidden, vocabulary.block(level))
+def level_head(model: "PreTrainedModel", vocabulary: SidVocabulary, level: int) -> tuple[Tensor, Tensor | None]:
+    """The output rows of one level's codes, (K, D), and their bias, (K,) or None, for training and decoding."""
+    return _head(model, vocabulary.block(level))
 
 
-def _logits(model: "PreTrainedModel", hidden: Tensor, block: slice) -> Tensor:
+def _head(model: "PreTrainedModel", block: slice) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
     bias = head.bias[block] if getattr(head, "bias", None) is not None else None
-    return functional.linear(hidden, head.weight[block], bias)
+    return head.weight[block], bias

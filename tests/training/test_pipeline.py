@@ -59,6 +59,18 @@ def test_a_changed_setting_redoes_its_stage_and_those_behind_it(finished, cli, t
     assert yaml.safe_load((copied.out / "config.yaml").read_text())[stage][field] == int(value)
 
 
+def test_item_memory_and_a_teacher_come_from_the_stages_that_know_them(finished, cli, tmp_path):
+    """Once they are used, what they are made from is part of what the model is made from."""
+    copied = finished.copy(tmp_path / "run")
+    asked = ("sft.item_memory=true", "sft.distillation=0.5", "sft.max_epochs=1")
+    summary = cli("sft", *copied.args(*asked), "--json").json
+    plain = json.loads((finished.out / "sft" / "stage.json").read_text())["summary"]
+    assert summary["num_parameters"] != plain["num_parameters"]
+    before = stage_times(copied.out)
+    assert cli("pipeline", *copied.args(*asked, "collaborative.knn_window=3"), "--json").code == 0
+    assert redone(copied, before) == ["collaborative", "sft", "evaluate", "publish"]
+
+
 def test_changed_data_are_noticed(finished, cli, tmp_path):
     data = write_data(tmp_path / "data")
     args = ["--data", data, "--out", tmp_path / "run", "--json"]

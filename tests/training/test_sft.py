@@ -220,6 +220,17 @@ def test_the_best_epoch_is_what_is_kept_and_training_stops_after_patience(tmp_pa
     assert served.mean() == pytest.approx(summary.validation_log_likelihood, abs=1e-4)
 
 
+def test_the_last_epoch_is_kept_where_that_is_asked_for(tmp_path):
+    """Targets that have nothing to do with the sequences: the first epochs are the best ones, and are not kept."""
+    noise = random_split(seed=5, count=20)
+    config = config_of(keep="last", max_epochs=8, patience=1, learning_rate=0.02, dropout=0.0)
+    summary = run(config, CATALOG, CYCLE, noise, StageFolder(tmp_path, config, {}))
+    assert summary.epochs == summary.best_epoch == 8
+    trained = TrainedModel.load(tmp_path, CATALOG)
+    served = decoded_scores(trained.load_decoder(), trained.renderer, noise)
+    assert served.mean() == pytest.approx(summary.validation_log_likelihood, abs=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_a_model_from_scratch_is_a_plain_checkpoint_without_dropout(tmp_path, architecture):
     train(tmp_path, architecture=architecture, dropout=0.5)

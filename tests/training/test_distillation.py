@@ -1,0 +1,110 @@
+"""A teacher that cannot see its own user, and marginals that are sums over items."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semantic_ids.codes import SidSpace
+from semantic_ids.trie import ROOT, SidTrie
+from tests.training.test_sft import CATALOG, CYCLE, VALIDATION, config_of
+from training.collaborative import CollaborativeConfig, ItemKnn
+from training.distillation import TeacherLists, leave_one_out_knn, teacher_log_likelihood
+from training.legal_softmax import child_log_probs
+from training.sequences import Sequences
+from training.sft import run
+from training.stage import StageError, StageFolder
+
+NUM_ITEMS = 12
+CONFIG = CollaborativeConfig(knn_window=3, knn_last_items=4, knn_neighbours=1000)
+
+
+def sequences_of(seed: int, num_users: int = 9) -> Sequences:
+    rng = np.random.default_rng(seed)
+    return Sequences.of([rng.permutation(NUM_ITEMS)[: rng.integers(0, 9)].tolist() for _ in range(num_users)])
+
+
+def without_user(train: Sequences, user: int) -> Sequences:
+    return Sequences.of([[] if other == user else list(items) for other, items in enumerate(train)])
+
+
+@given(st.integers(0, 10_000))
+def test_lists_are_the_scores_of_a_knn_fitted_without_the_user(seed):
+    """But for the items' counts, which normalise: they stay those of all users, and are put back by hand here."""
+    train = sequences_of(seed)
+    lists = leave_one_out_knn(train, NUM_ITEMS, CONFIG)
+    counts = np.maximum(np.bincount(train.items, minlength=NUM_ITEMS), 1).astype(float)
+    for user, items in enumerate(train):
+        others = without_user(train, user)
+        fewer = np.maximum(np.bincount(others.items, minlength=NUM_ITEMS), 1)
+        knn = ItemKnn.fit(others, NUM_ITEMS, CONFIG)
+        table = knn.table.toarray() * np.outer((fewer / counts) ** 0.5, (fewer / counts) ** 0.125)
+        for place in range(len(items)):
+            recent = items[max(0, place - 4) : place][::-1]
+            expected = sum((0.7**age * table[item] for age, item in enumerate(recent)), np.zeros(NUM_ITEMS))
+            expected[items[:place]] = 0
+            if expected.sum():
+                expected = expected / expected.sum()
+            event = int(train.offsets[user]) + place
+            given_ = np.bincount(lists.items[event], lists.weights[event], minlength=NUM_ITEMS)
+            assert given_ == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_transition_that_only_this_user_made_is_not_expected():
+    lists = leave_one_out_knn(Sequences.of([[0, 1], [2, 3], [2, 3]]), 4, CONFIG)
+    assert lists.weights.sum(axis=1).tolist() == pytest.approx([0, 0, 0, 1, 0, 1])
+    assert lists.items[3, 0] == 3
+
+
+@given(st.integers(0, 10_000), st.integers(0, 2), st.integers(1, 30))
+def test_a_code_is_expected_as_much_as_the_items_beneath_it(seed, level, num_rows):
+    rng = np.random.default_rng(seed)
+    trie = SidTrie.build(SidSpace(3, 4), rng.integers(0, 4, (25, 3)))
+    paths = trie.path_of_rank(np.arange(25))
+    targets = rng.integers(0, 25, num_rows)
+    weights = np.where(rng.random((num_rows, 6)) < 0.5, rng.random((num_rows, 6)), 0).astype(np.float32)
+    teacher = TeacherLists(rng.integers(0, 25, (num_rows, 6)).astype(np.int32), weights)
+    prefix = paths[targets, level - 1] if level else np.full(num_rows, ROOT)
+    generator = torch.Generator().manual_seed(seed)
+    hidden, rows = torch.randn(num_rows, 4, generator=generator), torch.randn(4, 4, generator=generator)
+    scores = child_log_probs(hidden, rows, None, trie, prefix)
+    ours = teacher_log_likelihood(scores, teacher, paths, prefix, level, paths[targets, level])
+    for row in range(num_rows):
+        mass = np.bincount(teacher.items[row], weights[row], minlength=25)
+        if level:
+            mass[paths[:, level - 1] != prefix[row]] = 0
+        if not mass.sum():
+            mass[targets[row]] = 1
+        children = np.unique(paths[mass > 0, level])
+        of_child = [mass[paths[:, level] == child].sum() / mass.sum() for child in children]
+        log_probs = scores.log_probs[row, children - scores.first_child[row]].tolist()
+        assert float(ours[row]) == pytest.approx(np.dot(of_child, log_probs), abs=1e-4)
+
+
+def uniform_lists(train: Sequences, catalog_size: int) -> TeacherLists:
+    shape = (len(train.items), catalog_size)
+    items = np.broadcast_to(np.arange(catalog_size, dtype=np.int32), shape)
+    return TeacherLists(items, np.full(shape, 1 / catalog_size, np.float32))
+
+
+def test_training_on_a_teacher_alone_learns_the_teacher(tmp_path):
+    """One that expects everything equally, on sequences that are all the same: the targets get what all items get."""
+    constant = Sequences.of([[3, 3, 3, 3, 3, 3]] * 20)
+    settings = {"max_epochs": 30, "learning_rate": 0.02, "dropout": 0.0, "keep": "last"}
+    config = config_of(distillation=0.99, **settings)
+    folder = StageFolder(tmp_path / "taught", config, {})
+    teacher = uniform_lists(constant, len(CATALOG))
+    taught = run(config, CATALOG, constant, VALIDATION, folder, teacher=teacher)
+    alone_config = config_of(**settings)
+    alone = run(alone_config, CATALOG, constant, VALIDATION, StageFolder(tmp_path / "alone", alone_config, {}))
+    assert alone.train_log_likelihood > -0.1
+    # Item 3 shares its SID with one other of the 15; a hundredth of the loss is still the target's.
+    assert -taught.train_log_likelihood == pytest.approx(np.log(15 / 2), abs=0.1)
+    assert taught.validation_log_likelihood > alone.validation_log_likelihood + 1
+
+
+def test_distillation_without_lists_is_refused(tmp_path):
+    config = config_of(distillation=0.5)
+    with pytest.raises(StageError, match=r"distillation=0\.5 needs a teacher"):
+        run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path, config, {}))

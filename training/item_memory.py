@@ -1,0 +1,100 @@
+"""What a model from scratch knows of its items before it is trained, and one memory of each for reading and writing.
+
+A code's input row and output row are the same vector up to a scale, and that vector is its own part plus a projection,
+the same for all codes, of what is known of the items beneath it (text and collaborative vectors). Rare items so share
+what is learned of like ones. All of it is training's: `bake` writes plain rows, and that is what a checkpoint holds.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from semantic_ids.catalog import Catalog
+from semantic_ids.codes import SidVocabulary
+from semantic_ids.quantizer import Vectors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TEXT_WIDTH = 128
+"""Of the text vectors' strongest directions; the projection of all of them would cost more than the model."""
+
+_INPUT_SCALE = 8.0
+_ROW_STD = 0.02
+
+
+class ItemMemory(nn.Module):
+    """The parameters behind a model's two tables; V tokens, of which those that no item has get nothing shared."""
+
+    known: Tensor  # (V, F)
+
+    def __init__(self, catalog: Catalog, vocabulary: SidVocabulary, features: Vectors, width: int) -> None:
+        """`features` (N, F) by catalogue rank, as `item_features` makes them."""
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(vocabulary.vocab_size, width) * _ROW_STD)
+        self.projection = nn.Linear(features.shape[1], width, bias=False)
+        nn.init.normal_(self.projection.weight, std=_ROW_STD / features.shape[1] ** 0.5)
+        self.input_scale = nn.Parameter(torch.tensor(_INPUT_SCALE))
+        known = _mean_by_token(catalog, vocabulary, features)
+        self.register_buffer("known", torch.from_numpy(known), persistent=False)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Input rows and output rows, (V, D) each."""
+        rows = self.own + self.projection(self.known)
+        return rows * self.input_scale, rows
+
+    def install(self, model: "PreTrainedModel") -> None:
+        """Become the source of the model's tables: they are parameters no longer, and `bake` sets them."""
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            del module.weight
+        model.get_input_embeddings().memory = self
+        self.bake(model)
+
+    def bake(self, model: "PreTrainedModel") -> None:
+        """Set both tables to what the parameters are now; a gradient of the tables reaches the parameters."""
+        model.get_input_embeddings().weight, model.get_output_embeddings().weight = self.rows()
+
+
+def memory_of(model: "PreTrainedModel") -> ItemMemory | None:
+    """What `install` put into a model; None for one with tables of its own."""
+    memory: ItemMemory | None = getattr(model.get_input_embeddings(), "memory", None)
+    return memory
+
+
+def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The weights of a plain checkpoint, without any memory and with both tables."""
+    memory = memory_of(model)
+    state: dict[str, Tensor] = model.state_dict()
+    if memory is None:
+        return state
+    with torch.no_grad():
+        tables = memory.rows()
+    names = {module: name for name, module in model.named_modules()}
+    plain = {name: tensor for name, tensor in state.items() if ".memory." not in name}
+    for module, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):
+        plain[f"{names[module]}.weight"] = table.contiguous()
+    return plain
+
+
+def item_features(text: Vectors, collaborative: Vectors) -> Vectors:
+    """Known vectors of N items side by side, (N, F): each kind centred, as long as its width on average, in square."""
+    strongest = np.asarray(text, np.float32) - text.mean(axis=0, dtype=np.float32)
+    if strongest.shape[1] > TEXT_WIDTH:
+        directions = scipy.linalg.svd(strongest, full_matrices=False)[2]  # in order of strength
+        strongest = (strongest @ directions[:TEXT_WIDTH].T).astype(np.float32)
+    parts: list[Vectors] = [strongest, np.asarray(collaborative, np.float32)]
+    return np.concatenate([part / max(float(np.sqrt((part**2).mean())), 1e-12) for part in parts], axis=1)
+
+
+def _mean_by_token(catalog: Catalog, vocabulary: SidVocabulary, features: Vectors) -> Vectors:
+    """The mean of the features (N, F) of the items that have a token, (V, F)."""
+    tokens = vocabulary.token_ids(catalog.codes)  # (N, L)
+    sums = np.zeros((vocabulary.vocab_size, features.shape[1]), np.float32)
+    for level in range(tokens.shape[1]):
+        np.add.at(sums, tokens[:, level], features)
+    counts = np.maximum(np.bincount(tokens.ravel(), minlength=vocabulary.vocab_size), 1)
+    means: Vectors = sums / counts.astype(np.float32)[:, None]
+    return means

@@ -1,0 +1,69 @@
+"""Training's softmax over the legal codes: `semantic_ids.decoding.legal`'s score, computed for the children alone.
+
+Decoding masks all K codes of a level. Training scores thousands of prefixes at a time, most of them with few children,
+so here only the children's rows of the head are multiplied: a level of one code per item costs no more than another.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from semantic_ids.decoding.legal import EmptyAllowedSetError
+from semantic_ids.trie import Nodes, SidTrie
+
+
+@dataclass(frozen=True)
+class ChildLogProbs:
+    """Log-probabilities over the children of P prefixes of one level; a child's column is its node less the first's."""
+
+    log_probs: Tensor  # (P, M) float32; -inf behind a prefix's last child
+    first_child: Nodes  # (P,)
+
+    def of(self, nodes: Nodes) -> Tensor:
+        """The log-probability of one child of each prefix, (P,) → (P,)."""
+        return self.log_probs.gather(1, torch.from_numpy(nodes - self.first_child)[:, None])[:, 0]
+
+
+def child_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, trie: SidTrie, prefix: Nodes) -> ChildLogProbs:
+    """Softmax over the children of each prefix.
+
+    `hidden` (P, D) predicts the code behind `prefix` (P,), nodes of one level, from the head's rows of the next level,
+    `weight` (K, D) and `bias` (K,). Prefixes are taken together, so that each one's rows are read once.
+    """
+    distinct, group = np.unique(prefix, return_inverse=True)
+    codes, is_legal, first_child = _padded_children(trie, distinct)
+    num_prefixes, most_children = codes.shape
+    place, most_rows = _places(group, num_prefixes)
+    padded = hidden.new_zeros(num_prefixes * most_rows, hidden.shape[1]).index_copy(0, place, hidden)
+    rows = weight[codes.ravel()].view(num_prefixes, most_children, -1)
+    logits = torch.bmm(padded.view(num_prefixes, most_rows, -1), rows.transpose(1, 2))  # (prefixes, rows, children)
+    if bias is not None:
+        logits = logits + bias[codes][:, None]
+    chosen = logits.flatten(0, 1)[place].float()  # (P, M)
+    log_probs = chosen.masked_fill(~is_legal[torch.from_numpy(group)], float("-inf")).log_softmax(dim=-1)
+    return ChildLogProbs(log_probs, first_child[group])
+
+
+def _padded_children(trie: SidTrie, nodes: Nodes) -> tuple[Tensor, Tensor, Nodes]:
+    """Codes of the children of U nodes (U, M), which of them are real, and each node's first child (U,)."""
+    children = trie.children(nodes)
+    counts = np.bincount(children.parent, minlength=len(nodes))
+    if not counts.all():
+        raise EmptyAllowedSetError("a prefix without any legal code reached the model")
+    start = np.cumsum(counts) - counts
+    column = np.arange(len(children.parent)) - start[children.parent]
+    codes, is_legal = np.zeros((len(nodes), counts.max()), np.int64), np.zeros((len(nodes), counts.max()), np.bool_)
+    codes[children.parent, column], is_legal[children.parent, column] = children.code, True
+    return torch.from_numpy(codes), torch.from_numpy(is_legal), children.node[start]
+
+
+def _places(group: npt.NDArray[np.intp], num_groups: int) -> tuple[Tensor, int]:
+    """Where each row stands when every group is padded to the largest, (P,), and that size."""
+    sizes = np.bincount(group, minlength=num_groups)
+    order = np.argsort(group, kind="stable")
+    place = np.empty(len(group), np.int64)
+    place[order] = group[order] * sizes.max() + np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group[order]]
+    return torch.from_numpy(place), int(sizes.max())
