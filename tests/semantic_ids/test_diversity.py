@@ -1,5 +1,4 @@
-"""Maximal marginal relevance: against the definition written out, by hand, and in time."""
-
+"""Maximal marginal relevance: against the definition written out, and by hand."""
 
 import numpy as np
 import numpy.typing as npt
