@@ -1,7 +1,10 @@
-"""The text encoder of a bundle, loaded once in a process: importing this loads no torch, the first text does."""
+"""The text encoder of a bundle, loaded once in a process: importing this loads no torch, the first text does.
 
-import threading
+It runs in one thread, whoever asks: torch keeps a pool of threads and scratch memory for each thread that it runs in.
+"""
+
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -9,7 +12,7 @@ import numpy.typing as npt
 
 from semantic_ids.text_encoder import TextEncoder, TextEncoderIdentity
 
-_one_at_a_time = threading.Lock()
+_thread = ThreadPoolExecutor(1, thread_name_prefix="text-encoder")
 
 
 def encode_texts(identity: TextEncoderIdentity, texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -17,8 +20,11 @@ def encode_texts(identity: TextEncoderIdentity, texts: Sequence[str]) -> npt.NDA
 
     An `ImportError` where no encoder is installed.
     """
-    with _one_at_a_time:
-        return _encoder(identity).encode(texts)
+    return _thread.submit(_encode, identity, texts).result()
+
+
+def _encode(identity: TextEncoderIdentity, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    return _encoder(identity).encode(texts)
 
 
 @cache

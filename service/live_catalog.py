@@ -204,6 +204,9 @@ class LiveCatalog:
                 self._no_sids_until.pop(name, None)
                 epochs = [change.epoch for change in missing]
                 found |= await self._store.agree_on_sids(name, dict(zip(epochs, codes, strict=True)))
+        # Of an earlier change nobody asks again, but for those that are asked for now.
+        latest = {change.epoch for change in (*self._changes.values(), *foreign)}
+        self._sids = {key: codes for key, codes in self._sids.items() if key[1] in latest}
         self._sids |= {(name, epoch): codes for epoch, codes in found.items()}
         sids = {change.epoch: self._sids.get((name, change.epoch)) for change in foreign}
         return {epoch: codes for epoch, codes in sids.items() if codes is not None}

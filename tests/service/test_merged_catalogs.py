@@ -190,3 +190,16 @@ async def test_what_was_merged_of_a_deleted_bundle_goes(redis: Redis, base: Bund
     assert merged is not None
     await merged.stop()
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted((base.bundle_id, "kept"))
+
+
+async def test_sids_of_earlier_changes_are_not_kept(redis: Redis, base: Bundle, monkeypatch: pytest.MonkeyPatch):
+    """An item that is put again and again must not grow the process by a SID each time."""
+    free = tuple(base.catalog.codes[0].tolist())
+    monkeypatch.setattr("service.live_catalog.sids_for", lambda _bundle, items: [free] * len(items))
+    live, _ = await catalogue(redis, None)
+    another = dataclasses.replace(base, path=base.path.with_name("another"))
+    for number in range(20):
+        await live.put(another, CatalogItem("new", f"title {number}", (), free))
+        await live.catch_up()
+        assert "new" in (await live.bundle_at_epoch(base)).catalog.item_ids
+    assert len(live._sids) == 1
