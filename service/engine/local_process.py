@@ -24,7 +24,7 @@ from semantic_ids.codes import TokenIds
 from service.engine.base import EngineError, EngineUnavailableError, Think, ThoughtEnd
 from service.engine.wire import BeamReport, BeamRequest
 
-_NICENESS = 5
+_NICENESS = 10
 _STOP_S = 5.0
 _PRELOADED = ("service.engine.local_worker", "transformers.models.llama.modeling_llama")
 
