@@ -11,25 +11,18 @@ queue at all. `lone_p50_ms` shows that part: arrivals at a fiftieth of the satur
 REQUESTS=2000 shrinks every phase in proportion, to see that it runs; its numbers mean little.
 """
 
-import asyncio
-import gc
 import json
 import os
 import re
-import signal
-import sys
-import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from service.logs import configure
-from tests.benchmarks.load import Load, Measured, Response, poisson_arrivals, post, precise_event_loop
+from tests.benchmarks.load import Load, Measured, Response, poisson_arrivals, post
 from tests.benchmarks.report import report
-from tests.benchmarks.small_bundle import publish_small_bundle, store_histories, user_id
+from tests.benchmarks.serving import Results, run_against
+from tests.benchmarks.small_bundle import user_id
 
 NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10
 REQUESTS = int(os.environ.get("REQUESTS", "100000"))
@@ -39,7 +32,6 @@ ROUNDS, WARM_UP_REQUESTS, CONNECTIONS = 4, 500, 64
 NO_LOAD_REQUESTS = max(50, round(750 * SCALE))  # and the seconds below: of each round
 SATURATION_S, HALF_LOAD_S, LONE_S = max(0.2, 2 * SCALE), max(0.5, 6 * SCALE), max(1.0, 4 * SCALE)
 MEMORY_CONCURRENCY, MEMORY_SAMPLES = 4, 100
-SERVER_STOP_S = 30
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class Growth:
     last_kib: int
 
 
-async def measure(port: int, server_pid: int) -> dict[str, float | int | str]:
+async def measure(port: int, server_pid: int) -> Results:
     """All phases on one server."""
     users = np.random.default_rng(2).permutation(NUM_USERS)
     messages = [
@@ -123,49 +115,9 @@ def is_whole_answer(response: Response) -> bool:
     )
 
 
-@asynccontextmanager
-async def running_server(folder: Path) -> AsyncIterator[tuple[int, int]]:
-    """Port and process id of a server on `folder`; stopped at the end, whatever happens."""
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.benchmarks.instant_service", str(folder), stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        assert server.stdout is not None
-        line = await server.stdout.readline()
-        if not line:
-            raise SystemExit("the server did not start: its own message is above")
-        yield int(line), server.pid
-    finally:
-        with suppress(ProcessLookupError):
-            server.terminate()
-        try:
-            async with asyncio.timeout(SERVER_STOP_S):
-                await server.wait()
-        except TimeoutError:
-            server.kill()
-            await server.wait()
-
-
-async def run() -> dict[str, float | int | str]:
-    """Prepare, serve, measure, clean up."""
-    with tempfile.TemporaryDirectory(prefix="sidrec-bench-http-") as name:
-        folder = Path(name)
-        publish_small_bundle(folder / "bundles", NUM_ITEMS)
-        await store_histories(folder / "redis", NUM_USERS, NUM_ITEMS)
-        gc.freeze()  # torch's objects: a collection of them all would stop the client for tens of milliseconds
-        async with running_server(folder) as (port, pid):
-            return await measure(port, pid)
-
-
 def main() -> None:
-    """Ctrl-C and SIGTERM end it cleanly."""
-    configure("warning", "console")  # stdout is for the table
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with asyncio.Runner(loop_factory=precise_event_loop) as runner:
-            results = runner.run(run())
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    """The table."""
+    results = run_against("tests.benchmarks.instant_service", measure, num_items=NUM_ITEMS, num_users=NUM_USERS)
     notes = {
         "saturation_rps": "closed loop, the best concurrency",
         "lone_p50_ms": "no queue, cold caches",

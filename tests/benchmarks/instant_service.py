@@ -5,9 +5,8 @@
 """
 
 import itertools
-import socket
 import sys
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,9 @@ import numpy as np
 from semantic_ids.bundle import Bundle
 from service.app import create_app
 from service.engine.base import DecodeRequest, DecodeResult, ThoughtListener
-from service.logs import configure
 from service.metrics import Metrics
-from service.server import Server
 from service.settings import Settings
+from tests.benchmarks.serving import serve
 
 
 class InstantEngine:
@@ -52,33 +50,9 @@ class InstantEngine:
         """Nothing to free."""
 
 
-def settings_in(folder: Path) -> Settings:
-    """Settings that no environment variable changes in what matters here."""
-    return Settings(
-        host="127.0.0.1",
-        api_key_hashes=(),
-        bundles=folder / "bundles",
-        redis_url=None,
-        data_dir=folder / "redis",
-        log_level="warning",
-    )
-
-
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    settings = settings_in(Path(sys.argv[1]))
-    configure(settings.log_level, settings.log_format)
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def announce() -> None:
-        sys.stdout.write(f"{listener.getsockname()[1]}\n")
-        sys.stdout.flush()
-
-    web = create_app(settings, engine_factory=InstantEngine)
-    with suppress(KeyboardInterrupt, SystemExit):
-        Server(web, announce).run(sockets=[listener])
-    if web.state.startup_error is not None:
-        raise SystemExit(f"the service could not start: {web.state.startup_error}")
+    serve(partial(create_app, engine_factory=InstantEngine), Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

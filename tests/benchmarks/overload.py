@@ -11,36 +11,28 @@ SECONDS=5 shortens every phase, to see that it runs; its numbers mean little.
 """
 
 import asyncio
-import gc
 import json
 import os
-import signal
-import socket
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from service.app import create_app
-from service.logs import configure
-from service.server import Server
-from tests.benchmarks.instant_service import settings_in
-from tests.benchmarks.load import Connection, Load, Measured, Response, poisson_arrivals, post, precise_event_loop
+from tests.benchmarks.load import Connection, Load, Measured, Response, poisson_arrivals, post
 from tests.benchmarks.report import report
-from tests.benchmarks.small_bundle import publish_small_bundle, store_histories, user_id
+from tests.benchmarks.serving import Results, run_against, serve
+from tests.benchmarks.small_bundle import user_id
 
 NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10
 DEADLINE_MS = 1_000
 SECONDS = float(os.environ.get("SECONDS", "20"))
 SEARCH_S, CONNECTIONS = max(1.0, SECONDS / 4), 512
 CONCURRENCIES = (8, 16, 32, 64)
-SERVER_STOP_S, CLIENT_TIMEOUT_S = 30, 30.0
+CLIENT_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -115,7 +107,7 @@ async def saturation(load: OutcomeLoad) -> float:
     return best
 
 
-async def measure(port: int) -> dict[str, float | int | str]:
+async def measure(port: int, _server_pid: int) -> Results:
     """All phases on one server."""
     users = np.random.default_rng(2).permutation(NUM_USERS)
     bodies = [{"user_id": user_id(user), "num_items": ANSWER_ITEMS, "deadline_ms": DEADLINE_MS} for user in users]
@@ -154,69 +146,12 @@ def percentile_ms(latencies: list[float], percent: float) -> float:
     return 1000 * float(np.percentile(latencies, percent)) if latencies else float("nan")
 
 
-def serve(folder: Path) -> None:
-    """The server, until SIGTERM or Ctrl-C; its port goes to stdout."""
-    settings = settings_in(folder)
-    configure(settings.log_level, settings.log_format)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-
-    def announce() -> None:
-        sys.stdout.write(f"{listener.getsockname()[1]}\n")
-        sys.stdout.flush()
-
-    web = create_app(settings)
-    with suppress(KeyboardInterrupt, SystemExit):
-        Server(web, announce).run(sockets=[listener])
-    if web.state.startup_error is not None:
-        raise SystemExit(f"the service could not start: {web.state.startup_error}")
-
-
-@asynccontextmanager
-async def running_server(folder: Path) -> AsyncIterator[int]:
-    """Port of a server on `folder`; stopped at the end, whatever happens."""
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.benchmarks.overload", str(folder), stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        assert server.stdout is not None
-        line = await server.stdout.readline()
-        if not line:
-            raise SystemExit("the server did not start: its own message is above")
-        yield int(line)
-    finally:
-        with suppress(ProcessLookupError):
-            server.terminate()
-        try:
-            async with asyncio.timeout(SERVER_STOP_S):
-                await server.wait()
-        except TimeoutError:
-            server.kill()
-            await server.wait()
-
-
-async def run() -> dict[str, float | int | str]:
-    """Prepare, serve, measure, clean up."""
-    with tempfile.TemporaryDirectory(prefix="sidrec-bench-overload-") as name:
-        folder = Path(name)
-        publish_small_bundle(folder / "bundles", NUM_ITEMS)
-        await store_histories(folder / "redis", NUM_USERS, NUM_ITEMS)
-        gc.freeze()  # torch's objects: a collection of them all would stop the client for tens of milliseconds
-        async with running_server(folder) as port:
-            return await measure(port)
-
-
 def main() -> None:
-    """Ctrl-C and SIGTERM end it cleanly."""
+    """The table; with a folder, the server that it is measured on."""
     if len(sys.argv) > 1:
-        serve(Path(sys.argv[1]))
+        serve(create_app, Path(sys.argv[1]))
         return
-    configure("warning", "console")  # stdout is for the table
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with asyncio.Runner(loop_factory=precise_event_loop) as runner:
-            results = runner.run(run())
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    results = run_against("tests.benchmarks.overload", measure, num_items=NUM_ITEMS, num_users=NUM_USERS)
     notes = {
         "saturation_rps": "closed loop, the best concurrency",
         "at_80_p99_over_p50": "≤ 3",
