@@ -15,4 +15,7 @@ class EventType(StrEnum):
 
 
 IN_HISTORY = frozenset({EventType.CLICK, EventType.PURCHASE, EventType.LIKE})
-"""What enters a history, and so moves a prompt."""
+"""What enters a history and the seen set, and so moves a prompt."""
+
+EXCLUDING = frozenset({EventType.DISLIKE, EventType.HIDE})
+"""What keeps an item from the user, and is no taste that a prompt shows."""

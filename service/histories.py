@@ -36,6 +36,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import DataError, NoScriptError, RedisError, ResponseError
 
+from service.event_types import EXCLUDING, IN_HISTORY
 from service.event_types import EventType as EventType  # noqa: PLC0414 - a word of this module's too
 from service.last_known import Hidden
 from service.redis_keys import DEFAULT_NAMESPACE, UserKeys, user_keys
@@ -96,12 +97,9 @@ class _Effect(StrEnum):
 
 
 _EFFECTS = {
-    EventType.IMPRESSION: _Effect.NONE,
-    EventType.CLICK: _Effect.HISTORY,
-    EventType.PURCHASE: _Effect.HISTORY,
-    EventType.LIKE: _Effect.HISTORY,
-    EventType.DISLIKE: _Effect.EXCLUDE,
-    EventType.HIDE: _Effect.EXCLUDE,
+    **dict.fromkeys(EventType, _Effect.NONE),
+    **dict.fromkeys(IN_HISTORY, _Effect.HISTORY),
+    **dict.fromkeys(EXCLUDING, _Effect.EXCLUDE),
 }
 
 _RECORD = """

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from service.event_types import EventType
+from service.event_types import EXCLUDING, IN_HISTORY, EventType
 
 _NOBODY_KNOWS: frozenset[str] = frozenset()
 
@@ -54,9 +54,9 @@ class LastKnown:
         """Acknowledged events: their type and item."""
         seen, excluded = set(), set()
         for event_type, item_id in events:
-            if event_type in (EventType.DISLIKE, EventType.HIDE):
+            if event_type in EXCLUDING:
                 excluded.add(item_id)
-            elif event_type is not EventType.IMPRESSION:
+            elif event_type in IN_HISTORY:
                 seen.add(item_id)
         if seen or excluded:
             self.num_told += 1

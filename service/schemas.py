@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from semantic_ids.filters import FilterSpec
-from service.event_types import EventType
+from service.event_types import EXCLUDING, IN_HISTORY, EventType
 
 UserId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 ItemId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -78,11 +78,10 @@ class UserRequest(Body):
         """Item ids of the inline history that a prompt shows: dislikes, hides and impressions are no taste."""
         if self.history is None:
             return None
-        shown = (EventType.CLICK, EventType.PURCHASE, EventType.LIKE)
         return [
             entry if isinstance(entry, str) else entry.item_id
             for entry in self.history
-            if isinstance(entry, str) or entry.event_type in shown
+            if isinstance(entry, str) or entry.event_type in IN_HISTORY
         ]
 
     def inline_items(self) -> list[str]:
@@ -91,9 +90,10 @@ class UserRequest(Body):
 
     def inline_exclusions(self) -> list[str]:
         """Item ids that the inline history dislikes or hides."""
-        disliked = (EventType.DISLIKE, EventType.HIDE)
         return [
-            entry.item_id for entry in self.history or [] if not isinstance(entry, str) and entry.event_type in disliked
+            entry.item_id
+            for entry in self.history or []
+            if not isinstance(entry, str) and entry.event_type in EXCLUDING
         ]
 
 

@@ -41,8 +41,8 @@ class UserContexts:
         """The context of one request about a user of the tenant's.
 
         Redis failing is an answer too: what is inline is used, what the user was last known to have seen or excluded
-        stays hidden, and the flag is set. It is not waited for longer than
-        `timeout_s`, what is left of the request's deadline.
+        stays hidden, and the flag is set. It is not waited for longer than `timeout_s`, what is left of the request's
+        deadline.
         """
         seen: frozenset[str] = frozenset()
         excluded: frozenset[str] = frozenset()
