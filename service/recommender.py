@@ -229,7 +229,8 @@ class Recommender:
         else:
             known = []
         # Without a score: what is popular first, and equal ones as given.
-        unscored = [rank for rank in ranks.tolist() if rank not in {rank for rank, _ in known}]
+        scored = {rank for rank, _ in known}
+        unscored = [rank for rank in ranks.tolist() if rank not in scored]
         known += [(rank, None) for rank in sorted(unscored, key=lambda rank: -self._catalog.popularity[rank])]
         items = [
             RerankedItem(item_id=self._catalog.item_ids[rank], rank=place, score=score, known=True)
@@ -262,6 +263,8 @@ class Recommender:
         cached = await self._cached_thought(call, question)
         if cached is not None and question is not None:
             think, prompt = None, prompt_after(question, cached)
+        elif think is not None and question is not None:
+            prompt = question.prompt
         else:
             prompt = self._contexts.prompt(context, thinking=think is not None)
         if (think is not None or cached is not None) and (call.request.include_rationale or call.on_thought):
