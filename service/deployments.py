@@ -18,6 +18,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -339,7 +340,10 @@ class Deployments:
             return served
         task = self._starting.get(bundle_id)
         if task is None:
-            task = self._starting[bundle_id] = asyncio.create_task(self._start(bundle_id), name=f"start-{bundle_id}")
+            # In no request's context: what it starts outlives the request that asked for it, in logs and traces too.
+            task = self._starting[bundle_id] = asyncio.create_task(
+                self._start(bundle_id), name=f"start-{bundle_id}", context=Context()
+            )
             task.add_done_callback(lambda task: self._has_started(bundle_id, task))
         return await asyncio.shield(task)
 
