@@ -1,6 +1,7 @@
 """Who asks and what is asked, settled before a route runs: the key, its rate limit, the address, and then the body.
 
-A body is read for known callers only. FastAPI alone would read and parse it first.
+A body is read for known callers only. FastAPI alone would read and parse it first. And what the engine could not answer
+in time is refused as soon as the JSON is read, before it is validated: a no must cost far less than an answer.
 """
 
 from collections.abc import Callable, Coroutine
@@ -9,12 +10,16 @@ from urllib.parse import unquote_to_bytes
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 from starlette.types import Scope
 
 from service import strict_json
 from service.errors import MalformedProblem, UnsupportedMediaProblem
+from service.schemas import DEFAULT_DEADLINE_MS, DeadlineMs, UserRequest
 from service.security import Caller
 from service.state import State
+
+_DEADLINE_MS: TypeAdapter[int] = TypeAdapter(DeadlineMs)
 
 
 async def caller_of(request: Request) -> Caller:
@@ -34,14 +39,17 @@ class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, behind the checks."""
         answer = super().get_route_handler()
-        has_body = self.body_field is not None
+        body_type = None if self.body_field is None else self.body_field.field_info.annotation
+        asks_engine = isinstance(body_type, type) and issubclass(body_type, UserRequest)
 
         async def checked(request: Request) -> Response:
             await caller_of(request)
             _check_address(request.scope)
-            if has_body:
+            if body_type is not None:
                 request = _StrictRequest(request.scope, request.receive)
-                await request.json()  # here, because FastAPI would hide the reason of a failure
+                value = await request.json()  # here, because FastAPI would hide the reason of a failure
+                if asks_engine and (deadline_ms := _deadline_ms(value, request)) is not None:
+                    request.app.state.sidrec.deployments.refuse_late(deadline_ms / 1000)
             return await answer(request)
 
         return checked
@@ -58,6 +66,17 @@ class _StrictRequest(Request):
                 _check_media(self)
             self._json = strict_json.parse(body) if body else None
         return self._json
+
+
+def _deadline_ms(body: Any, request: Request) -> int | None:  # noqa: ANN401 - any JSON
+    """What a request to the engine leaves for its answer; None of one that needs none, or that is invalid anyway."""
+    if not isinstance(body, dict) or not (body.get("user_id") or body.get("history")):
+        return None
+    given = body.get("deadline_ms", request.headers.get("x-deadline-ms", DEFAULT_DEADLINE_MS))
+    try:
+        return _DEADLINE_MS.validate_python(given)
+    except ValidationError:
+        return None
 
 
 def _check_media(request: Request) -> None:

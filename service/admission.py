@@ -2,7 +2,8 @@
 
 The rest are told at once when to come back. `Admission` looks at this process, for every kind of work, and `EarlyGate`
 asks it before anything of a request is read; `EngineLine` looks at the engine, once a request's deadline is known, and
-predicts how long an answer would take.
+predicts how long an answer would take. A route asks the line as soon as it has read the JSON: what a body has to go
+through after that costs three times as much as all before it.
 """
 
 import asyncio
@@ -164,7 +165,7 @@ class EngineLine:
     def place(self, left_s: float, *, unconditional: bool = False) -> Iterator["Place"]:
         """Stand in line; `UnavailableProblem` if the answer would come too late for a deadline of `left_s`."""
         if not unconditional:
-            self._check(left_s)
+            self.check(left_s)
         if self._num_ahead == 0:
             self._last_progress_at = self._clock()  # who has nothing to do does not stall
         place = Place(self, self._num_ahead, since=self._clock())
@@ -174,7 +175,8 @@ class EngineLine:
         finally:
             place.leave()
 
-    def _check(self, left_s: float) -> None:
+    def check(self, left_s: float) -> None:
+        """`UnavailableProblem` if an answer would come too late for a deadline of `left_s`."""
         predicted_s = self.predicted_s()
         self._metrics.predicted_wait.labels(self._bundle_id).set(predicted_s)
         now = self._clock()

@@ -212,6 +212,14 @@ class Deployments:
         """All that take requests, the current one included."""
         return tuple(self._served.values())
 
+    def refuse_late(self, left_s: float) -> None:
+        """`UnavailableProblem` if whoever needs an engine within `left_s` would wait in vain.
+
+        Of several bundles side by side the user's variant tells which one answers, so nobody is refused here.
+        """
+        if len(self._served) == 1:
+            self.current.recommender.refuse_late(left_s)
+
     @property
     def ending(self) -> Sequence[Deployment]:
         """Those that take no more requests, and answer their last ones."""

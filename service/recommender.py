@@ -436,6 +436,11 @@ class Recommender:
         with self._line.place(call.left_s(), unconditional=not self._breaker.is_closed) as call.place:
             yield
 
+    def refuse_late(self, left_s: float) -> None:
+        """`UnavailableProblem` if the engine could not answer within `left_s`: what `recommend` would say later."""
+        if self._breaker.is_closed:
+            self._line.check(left_s)
+
     def history_moved(self, tenant: str, user_id: str) -> None:
         """The user's history has new events: somebody may think of them before anybody waits for that."""
         if self._thoughts is not None and self._bundle.renderer.thinking is not None:

@@ -13,6 +13,7 @@ EventId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Category = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Timestamp = Annotated[float, Field(allow_inf_nan=False, ge=-1e12, le=1e12)]
 DeadlineMs = Annotated[int, Field(ge=10, le=60_000)]
+DEFAULT_DEADLINE_MS = 1_000
 
 MAX_HISTORY = 10_000
 MAX_FILTER_NAMES = 10_000
@@ -72,7 +73,7 @@ class UserRequest(Body):
     )
     reasoning: Reasoning = "auto"
     include_rationale: bool = False
-    deadline_ms: DeadlineMs = 1_000
+    deadline_ms: DeadlineMs = DEFAULT_DEADLINE_MS
 
     def inline_history(self) -> list[str] | None:
         """Item ids of the inline history that a prompt shows: dislikes, hides and impressions are no taste."""

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from semantic_ids.bundle import Bundle
 from service.admission import Admission, EngineLine, Place
 from service.engine.base import DecodeRequest, DecodeResult, ThoughtListener
 from service.errors import UnavailableProblem
@@ -221,16 +222,21 @@ def test_places_are_given_back_once():
     assert engine.line.num_ahead == 0
 
 
+class OneAtATime(SlowEngine):
+    """The slow engine, for one request after the other."""
+
+    def __init__(self, bundle: Bundle, delay_s: float) -> None:
+        super().__init__(bundle, delay_s)
+        self.turn = asyncio.Semaphore(1)
+
+    async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
+        """When it is its turn."""
+        async with self.turn:
+            return await super().decode(request, on_thought)
+
+
 async def test_requests_that_would_be_late_are_shed_at_once_and_the_others_are_in_time(settings: Settings):
     """One request at a time, 50 ms each: of 60 at once about ten can be answered within half a second."""
-
-    class OneAtATime(SlowEngine):
-        turn = asyncio.Semaphore(1)
-
-        async def decode(self, request: DecodeRequest, on_thought: ThoughtListener | None = None) -> DecodeResult:
-            async with self.turn:
-                return await super().decode(request, on_thought)
-
     body = {**BODY, "deadline_ms": 500}
     async with running(settings, lambda bundle, _settings, _metrics: OneAtATime(bundle, 0.05)) as service:
         for _ in range(5):
@@ -255,3 +261,22 @@ async def test_requests_that_would_be_late_are_shed_at_once_and_the_others_are_i
         for path in ("/health/live", "/health/ready", "/metrics"):
             assert (await service.http.get(path)).status_code == 200
         assert (await service.recommend(history=BODY["history"]))["reason"] is None
+
+
+async def test_what_would_be_late_is_refused_before_its_body_is_validated(settings: Settings):
+    """What is wrong with these bodies is only said to those that could be answered in time, or need no engine."""
+    wrong = {"history": BODY["history"], "num_items": 0}
+    async with running(settings, lambda bundle, _settings, _metrics: OneAtATime(bundle, 0.05)) as service:
+        assert_problem(await service.post("/recommend", {**wrong, "deadline_ms": 500}), 422, "invalid-request")
+        held = [asyncio.ensure_future(service.post("/recommend", BODY)) for _ in range(40)]
+        waits = {"bundle": service.state.bundle.bundle_id}
+        sample = service.state.metrics.registry.get_sample_value
+        await until(lambda: (sample("sidrec_predicted_wait_seconds", waits) or 0) > 0.8)
+        for path, body in (("/recommend", wrong), ("/rerank", {"history": BODY["history"], "candidates": []})):
+            assert_problem(await service.post(path, {**body, "deadline_ms": 500}), 503, "overloaded")
+            assert_problem(await service.post(path, body, x_deadline_ms="500"), 503, "overloaded")
+            assert_problem(await service.post(path, {**body, "deadline_ms": 60_000}), 422, "invalid-request")
+            assert_problem(await service.post(path, {**body, "deadline_ms": "soon"}), 422, "invalid-request")
+        assert_problem(await service.post("/recommend", {"num_items": 0, "deadline_ms": 500}), 422, "invalid-request")
+        for task in held:
+            assert (await task).status_code == 200
