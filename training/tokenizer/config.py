@@ -4,11 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from training.stage import THREADS, StageConfig, StageError
 from training.tokenizer.assignment import SMALLEST_EPSILON
 from training.tokenizer.methods import (
+    DEFAULT_NUM_LEVELS,
+    NUM_LEVELS,
     CodebookUpdate,
     Initialisation,
     Method,
@@ -25,7 +27,9 @@ class TokenizerConfig(StageConfig):
     """How SIDs are made: a method, and what to change in it."""
 
     method: Method = Field("gr2", description="a row of the switches below; see docs/tokenizers.md")
-    num_levels: int = Field(3, ge=1, le=8, description="codes in a SID (L)")
+    num_levels: int | None = Field(
+        None, ge=1, le=8, description=f"codes in a SID (L); absent: {DEFAULT_NUM_LEVELS}, or what the method has"
+    )
     codebook_size: int | None = Field(
         None, ge=2, le=65_536, description="codes per level (K); by catalogue size if absent"
     )
@@ -72,6 +76,22 @@ class TokenizerConfig(StageConfig):
     load_balance_bound: float = Field(0.2, ge=0, lt=1)
     threads: int = Field(1, ge=1, description=THREADS)
     seed: int = Field(0, ge=0)
+
+    @field_validator("num_levels", "codebook_size")
+    @classmethod
+    def _is_not_the_methods_own(cls, value: int | None, info: ValidationInfo) -> int | None:
+        method: Method | None = info.data.get("method")
+        if method in NUM_LEVELS and value not in (
+            None,
+            NUM_LEVELS[method] if info.field_name == "num_levels" else None,
+        ):
+            raise ValueError(f"the method {method} has {NUM_LEVELS[method]} levels and a codebook of its own size")
+        return value
+
+    @property
+    def levels(self) -> int:
+        """Codes in a SID."""
+        return self.num_levels or NUM_LEVELS.get(self.method, DEFAULT_NUM_LEVELS)
 
     def objectives(self) -> Objectives:
         """The method's row, with what is set here over it."""

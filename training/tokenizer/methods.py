@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-Method = Literal["residual-kmeans", "rqvae", "letter", "coba", "letter-coba", "gr2", "random", "imported"]
+Method = Literal["residual-kmeans", "rqvae", "letter", "coba", "letter-coba", "gr2", "clustered", "random", "imported"]
 Similarity = Literal["dot", "cosine"]
 Repair = Literal["hungarian", "sinkhorn", "random", "none"]
 CodebookUpdate = Literal["gradient", "ema"]
@@ -54,11 +54,17 @@ METHODS: dict[Method, Objectives] = {
     "coba": Objectives(**_COBA),
     "letter-coba": Objectives(**_COBA, **_LETTER),
     "gr2": Objectives(codebook_update="ema", sinkhorn_last_level=False, cointeraction_weight=0.1, repair="random"),
-    # Without a learned encoder only the repair applies.
+    # Of the rest only what is named applies: the repair, and for the clusters what SASRec's vectors weigh beside text.
+    "clustered": Objectives(collaborative_weight=1.4),
     "residual-kmeans": Objectives(),
     "random": Objectives(),
     "imported": Objectives(),
 }
+
+
+NUM_LEVELS: dict[Method, int] = {"clustered": 2}
+"""Where a method has another number of codes than `DEFAULT_NUM_LEVELS`; it is then the only one that it can have."""
+DEFAULT_NUM_LEVELS = 3
 
 
 def objectives_of(method: Method, overrides: dict[str, Any]) -> Objectives:

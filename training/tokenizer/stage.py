@@ -22,6 +22,7 @@ from training.processes import Processes
 from training.sequences import Sequences
 from training.stage import StageError, StageFolder, Summary, progress_bar
 from training.tokenizer.assignment import make_unique
+from training.tokenizer.clustered import clustered_codes
 from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.cooccurrence import Partners, item_graph, propagate
 from training.tokenizer.kmeans import codebooks_of_codes, residual_codebooks
@@ -38,8 +39,8 @@ from training.tokenizer.rqvae import CHECKPOINT, ItemSignals, fit
 from training.tokenizer.sid_files import read_sids
 from training.tokenizer.standardised import Standardised
 
-GIVEN: tuple[Method, ...] = ("random", "imported")
-"""Methods whose SIDs follow from no vector: nothing is fitted, and nothing repaired."""
+GIVEN: tuple[Method, ...] = ("clustered", "random", "imported")
+"""Methods whose SIDs no quantiser gives: one is fitted to them, for new items, and nothing is repaired."""
 
 MIXED_VECTORS = "mixed_vectors.npy"
 REPORT = "report.html"
@@ -191,10 +192,10 @@ def _fit(
 ) -> Fitted:
     text = Standardised.of(inputs.vectors)
     if config.method in GIVEN:
-        space, codes = _given_sids(config, inputs.dataset)
+        space, codes = _given_sids(config, inputs, popularity)
         quantizer = ResidualQuantizer(text.mean, text.scale, codebooks_of_codes(text, codes, space))
         return Fitted(quantizer, codes, quantizer, inputs.vectors)
-    space = SidSpace(config.num_levels, config.codebook_size or default_codebook_size(len(text)))
+    space = SidSpace(config.levels, config.codebook_size or default_codebook_size(len(text)))
     if config.method == "residual-kmeans":
         with progress_bar(f"tokenizer: {config.method}", 1) as bar:
             sample = text.rows(_sample(len(text), config))
@@ -241,29 +242,44 @@ def _fit_learned(
     return Fitted(quantizer, codes, assigner, assigned, trained.curve, trained.has_converged)
 
 
-def _alignment_targets(config: TokenizerConfig, inputs: Inputs, is_known: npt.NDArray[np.bool_]) -> Vectors:
-    """SASRec's item vectors in the latent's width: the directions that keep most of their dot products, or zeros added.
+def _collaborative(config: TokenizerConfig, inputs: Inputs, is_known: npt.NDArray[np.bool_]) -> Vectors:
+    """SASRec's item vectors (N, any width); the control permutes them among the items that have any."""
+    vectors = np.array(inputs.collaborative(), np.float32)
+    if config.objectives().collaborative_permuted:
+        known = np.flatnonzero(is_known)
+        vectors[known] = vectors[np.random.default_rng((config.seed, 4)).permutation(known)]
+    return vectors
 
-    The control permutes them among the items that have any.
-    """
-    vectors = np.asarray(inputs.collaborative(), np.float32)
+
+def _alignment_targets(config: TokenizerConfig, inputs: Inputs, is_known: npt.NDArray[np.bool_]) -> Vectors:
+    """The same in the latent's width: the directions that keep most of their dot products, or zeros added."""
+    vectors = _collaborative(config, inputs, is_known)
     width = min(vectors.shape[1], config.latent_width)
     _, directions = np.linalg.eigh(vectors[is_known].T @ vectors[is_known])  # ascending
     targets = np.zeros((len(vectors), config.latent_width), np.float32)
     targets[:, :width] = vectors @ directions[:, -width:]
-    if config.objectives().collaborative_permuted:
-        known = np.flatnonzero(is_known)
-        targets[known] = targets[np.random.default_rng((config.seed, 4)).permutation(known)]
     return targets
 
 
-def _given_sids(config: TokenizerConfig, dataset: Dataset) -> tuple[SidSpace, Codes]:
+def _given_sids(config: TokenizerConfig, inputs: Inputs, popularity: npt.NDArray[np.int64]) -> tuple[SidSpace, Codes]:
+    dataset = inputs.dataset
+    if config.method == "clustered":
+        objectives, is_known = config.objectives(), popularity > 0
+        learnt = _collaborative(config, inputs, is_known) if objectives.needs_collaborative else None
+        if learnt is not None:
+            learnt[~is_known] = 0  # what nobody touched has no vector, only a starting value
+        with progress_bar(f"tokenizer: {config.method}", 1) as bar:
+            space, codes = clustered_codes(
+                inputs.vectors, learnt, objectives.collaborative_weight, config.threads, config.seed
+            )
+            bar.advance()
+        return space, codes
     if config.method == "imported":
         if config.sids is None:
             raise StageError("the method imported needs a file of SIDs: set tokenizer.sids=FILE (JSON or Parquet)")
         given = read_sids(Path(config.sids), dataset.item_ids, config.codebook_size)
         return given.space, given.codes
-    space = SidSpace(config.num_levels, config.codebook_size or default_codebook_size(dataset.num_items))
+    space = SidSpace(config.levels, config.codebook_size or default_codebook_size(dataset.num_items))
     if space.codebook_size**space.num_levels < dataset.num_items:
         raise StageError(f"{dataset.num_items} items do not fit {space}: raise tokenizer.codebook_size or num_levels")
     keys = np.random.default_rng(config.seed).choice(
