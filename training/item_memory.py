@@ -1,13 +1,16 @@
 """What a model from scratch knows of its items before it is trained, and one memory of each for reading and writing.
 
 A code's input row and output row are the same vector up to a scale, and that vector is its own part plus a projection,
-the same for all codes, of what is known of the items beneath it (text and collaborative vectors). Rare items so share
-what is learned of like ones. All of it is training's: `bake` writes plain rows, and that is what a checkpoint holds.
+the same for all codes, of the texts of the items beneath it: rare items so share what is learned of like ones. The own
+part starts at the items' SASRec vectors; a projection of those would go on remembering the events that made them
+(docs/experiments.md). All of it is training's: `bake` writes plain rows, and that is what a checkpoint holds.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 import torch
 from torch import Tensor, nn
@@ -26,24 +29,46 @@ _INPUT_SCALE = 8.0
 _ROW_STD = 0.02
 
 
+@dataclass(frozen=True)
+class KnownItems:
+    """What is known of N items; both parts have 1 as the mean square of their numbers."""
+
+    text: Vectors  # (N, F)
+    collaborative: Vectors  # (N, C)
+
+    @classmethod
+    def of(cls, text: Vectors, collaborative: Vectors) -> "KnownItems":
+        """From any vectors: of the text the strongest directions, centred."""
+        strongest = np.asarray(text, np.float32) - text.mean(axis=0, dtype=np.float32)
+        if strongest.shape[1] > TEXT_WIDTH:
+            directions = scipy.linalg.svd(strongest, full_matrices=False)[2]  # in order of strength
+            strongest = (strongest @ directions[:TEXT_WIDTH].T).astype(np.float32)
+        return cls(_scaled(strongest), _scaled(np.asarray(collaborative, np.float32)))
+
+    def select(self, items: npt.NDArray[np.integer]) -> "KnownItems":
+        """Of these items, in this order."""
+        return KnownItems(self.text[items], self.collaborative[items])
+
+
 class ItemMemory(nn.Module):
     """The parameters behind a model's two tables; V tokens, of which those that no item has get nothing shared."""
 
-    known: Tensor  # (V, F)
+    text: Tensor  # (V, F)
 
-    def __init__(self, catalog: Catalog, vocabulary: SidVocabulary, features: Vectors, width: int) -> None:
-        """`features` (N, F) by catalogue rank, as `item_features` makes them."""
+    def __init__(self, catalog: Catalog, vocabulary: SidVocabulary, known: KnownItems, width: int) -> None:
+        """`known` by catalogue rank."""
         super().__init__()
-        self.own = nn.Parameter(torch.randn(vocabulary.vocab_size, width) * _ROW_STD)
-        self.projection = nn.Linear(features.shape[1], width, bias=False)
-        nn.init.normal_(self.projection.weight, std=_ROW_STD / features.shape[1] ** 0.5)
+        text = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.text))
+        self.register_buffer("text", text, persistent=False)
+        start = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.collaborative))
+        self.own = nn.Parameter(torch.randn(vocabulary.vocab_size, width) * _ROW_STD + _placed(start, width))
+        self.projection = nn.Linear(text.shape[1], width, bias=False)
+        nn.init.normal_(self.projection.weight, std=_ROW_STD / text.shape[1] ** 0.5)
         self.input_scale = nn.Parameter(torch.tensor(_INPUT_SCALE))
-        known = _mean_by_token(catalog, vocabulary, features)
-        self.register_buffer("known", torch.from_numpy(known), persistent=False)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Input rows and output rows, (V, D) each."""
-        rows = self.own + self.projection(self.known)
+        rows = self.own + self.projection(self.text)
         return rows * self.input_scale, rows
 
     def install(self, model: "PreTrainedModel") -> None:
@@ -79,14 +104,17 @@ def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
     return plain
 
 
-def item_features(text: Vectors, collaborative: Vectors) -> Vectors:
-    """Known vectors of N items side by side, (N, F): each kind centred, as long as its width on average, in square."""
-    strongest = np.asarray(text, np.float32) - text.mean(axis=0, dtype=np.float32)
-    if strongest.shape[1] > TEXT_WIDTH:
-        directions = scipy.linalg.svd(strongest, full_matrices=False)[2]  # in order of strength
-        strongest = (strongest @ directions[:TEXT_WIDTH].T).astype(np.float32)
-    parts: list[Vectors] = [strongest, np.asarray(collaborative, np.float32)]
-    return np.concatenate([part / max(float(np.sqrt((part**2).mean())), 1e-12) for part in parts], axis=1)
+def _scaled(vectors: Vectors) -> Vectors:
+    scaled: Vectors = vectors / np.float32(max(float(np.sqrt((vectors**2).mean())), 1e-12))
+    return scaled
+
+
+def _placed(vectors: Tensor, width: int) -> Tensor:
+    """Vectors (V, C) in random orthogonal directions of `width`, (V, width), as long on average as a row's noise."""
+    directions = torch.linalg.qr(torch.randn(max(width, vectors.shape[1]), min(width, vectors.shape[1])))[0]
+    placed: Tensor = vectors @ (directions.T if width >= vectors.shape[1] else directions)
+    placed *= _ROW_STD * (width / min(width, vectors.shape[1])) ** 0.5
+    return placed
 
 
 def _mean_by_token(catalog: Catalog, vocabulary: SidVocabulary, features: Vectors) -> Vectors:

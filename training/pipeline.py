@@ -18,13 +18,12 @@ import yaml
 from pydantic import ValidationError
 
 from semantic_ids.bundle import BundleParts
-from semantic_ids.quantizer import Vectors
 from training import collaborative, evaluation, interactions, item_vectors, publish, sft
 from training.collaborative import CollaborativeConfig
-from training.distillation import leave_one_out_knn
+from training.distillation import leave_one_out_knn, sample_continuations
 from training.evaluation import EvaluationConfig
 from training.interactions import DataConfig, Dataset
-from training.item_memory import item_features
+from training.item_memory import KnownItems
 from training.item_vectors import VectorsConfig
 from training.processes import Processes
 from training.publish import PublishConfig
@@ -145,7 +144,7 @@ class Pipeline:
     def _upstream(self, name: StageName) -> tuple[StageName, ...]:
         if name == "tokenizer" and self.config.tokenizer.objectives().needs_collaborative:
             return (*_STAGES[name].upstream, "collaborative")
-        if name == "sft" and (self.config.sft.item_memory or self.config.sft.distillation):
+        if name == "sft" and self.config.sft.learns_from_more:
             return (*_STAGES[name].upstream, "vectors", "collaborative")
         return _STAGES[name].upstream
 
@@ -205,18 +204,29 @@ class Pipeline:
         held_out = self._dataset.evaluation("validation")
         to_ranks, rank_of_item = self._tokenized.to_ranks, self._tokenized.rank_of_item
         validation = sft.TargetSplit(to_ranks(held_out.histories), rank_of_item[held_out.targets])
-        config, train = self.config.sft, to_ranks(self._train)
-        features = self._item_features() if config.item_memory else None
-        teacher = None
-        if config.distillation:
-            teacher = leave_one_out_knn(train, self._dataset.num_items, self.config.collaborative)
-        return sft.run(config, self._tokenized.catalog, train, validation, folder, features, teacher)
+        teaching = self._teaching(to_ranks(self._train))
+        return sft.run(self.config.sft, self._tokenized.catalog, to_ranks(self._train), validation, folder, teaching)
 
-    def _item_features(self) -> Vectors:
-        text, _ = item_vectors.load_vectors(self._out / "vectors")
-        collaborative_vectors = np.load(self._out / "collaborative" / collaborative.ITEM_VECTORS_FILE)
-        item_of_rank = np.argsort(self._tokenized.rank_of_item)
-        return item_features(text, collaborative_vectors)[item_of_rank]
+    def _teaching(self, train: Sequences) -> sft.Teaching:
+        """What the settings want learnt beside the sequences `train`, which are catalogue ranks."""
+        config, path = self.config.sft, self._out / "collaborative"
+        known = lists = continuations = None
+        if config.item_memory:
+            text, _ = item_vectors.load_vectors(self._out / "vectors")
+            of_items = KnownItems.of(text, np.load(path / collaborative.ITEM_VECTORS_FILE))
+            known = of_items.select(np.argsort(self._tokenized.rank_of_item))
+        if config.distillation:
+            lists = leave_one_out_knn(train, self._dataset.num_items, self.config.collaborative)
+        if config.continuations:
+            continuations = sample_continuations(
+                self._train,
+                self._baselines.sasrec,
+                self._baselines.item_knn,
+                count=config.continuations,
+                max_events=config.max_history + 1,
+                seed=config.seed,
+            ).renamed(self._tokenized.rank_of_item)
+        return sft.Teaching(known, lists, continuations)
 
     def make_evaluate(self, folder: StageFolder) -> Summary:
         """Metrics beside the baselines'."""

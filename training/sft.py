@@ -11,9 +11,11 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,13 +39,13 @@ from semantic_ids.prompt import (
     make_renderer,
     window_start,
 )
-from semantic_ids.quantizer import Vectors
 from semantic_ids.trie import ROOT
 from training.base_model import extend_pretrained
-from training.checkpoint import load_checkpoint, save_checkpoint
-from training.distillation import TeacherLists, teacher_log_likelihood
-from training.item_memory import ItemMemory, memory_of, plain_state
+from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from training.distillation import Continuations, TeacherLists, teacher_log_likelihood
+from training.item_memory import ItemMemory, KnownItems, memory_of, plain_state
 from training.legal_softmax import child_log_probs
+from training.moving_average import MovingAverage
 from training.sequences import Sequences
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 
@@ -72,10 +74,16 @@ class SftConfig(StageConfig):
     dropout: float = Field(0.2, ge=0, lt=1, description="of embeddings and of each block's output; not for base_model")
     max_history: PositiveInt = Field(50, description="most items in a prompt")
     item_memory: bool = Field(
-        False, description="one row per code for input and output, fed by text and SASRec's vectors; from scratch only"
+        False, description="one row per code for input and output, from text and SASRec's vectors; from scratch only"
     )
     distillation: float = Field(
         0.0, ge=0, lt=1, description="share of the loss that is a teacher's: the item-kNN without the user's own doing"
+    )
+    continuations: int = Field(
+        0, ge=0, description="sequences that SASRec and the item-kNN continue, to learn from what they expect there"
+    )
+    moving_average: float = Field(
+        0.0, ge=0, lt=1, description="decay a step of the weights' average, which is then what is validated and kept"
     )
     thinking: bool = Field(False, description="prompts with a think block, empty in this stage; for base_model only")
     batch_size: PositiveInt = 32
@@ -91,6 +99,11 @@ class SftConfig(StageConfig):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass (autocast)")
     threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
+
+    @property
+    def learns_from_more(self) -> bool:
+        """Whether text vectors and the baselines are read, and not sequences alone."""
+        return self.item_memory or self.distillation > 0 or self.continuations > 0
 
     @field_validator("item_memory")
     @classmethod
@@ -148,78 +161,69 @@ class TrainedModel:
         return TreeDecoder.load(self.folder, self.vocabulary)
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """What a model may learn from beside the sequences, by catalogue rank; each where a setting asks for it."""
+
+    known: KnownItems | None = None  # item_memory
+    lists: TeacherLists | None = None  # distillation: one for each event of the training sequences
+    continuations: Continuations | None = None
+
+
+NOTHING_ELSE = Teaching()
+
+
 def run(
     config: SftConfig,
     catalog: Catalog,
     train: Sequences,
     validation: TargetSplit,
     folder: StageFolder,
-    features: Vectors | None = None,
-    teacher: TeacherLists | None = None,
+    teaching: Teaching = NOTHING_ELSE,
 ) -> SftSummary:
     """Train, keep the epoch with the best validation loss or the last, write a transformers checkpoint into `model/`.
 
-    Sequences and targets are catalogue ranks; `features` (N, F) by rank is what `item_memory` knows of the items, and
-    `teacher` has a list of ranks for each event of `train` where there is `distillation`.
-    Resumes after the last finished epoch, bit for bit.
+    Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit.
     """
-    _require_inputs(config, validation, teacher)
+    _require_inputs(config, validation, teaching)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model, vocabulary, renderer = build_model(config, catalog, folder.path, features)
+    model, vocabulary, renderer = build_model(config, catalog, folder.path, teaching.known)
     examples = Examples(catalog, vocabulary, renderer)
     numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
     batches_per_epoch = len(list(epoch_batches(train, config, epoch=0)))
-    total_steps = batches_per_epoch * config.max_epochs
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
-    )
-    state = load_checkpoint(folder.path / CHECKPOINT, model=model, optimizer=optimizer, scheduler=schedule)
+    learner = _Learner(config, model, examples, total_steps=batches_per_epoch * config.max_epochs)
+    state = learner.load(folder.path / CHECKPOINT)
     progress = state.extra if state else {"best": -math.inf, "best_epoch": 0, "train": 0.0, "tokens": 0, "seconds": 0.0}
-    first_epoch = state.step if state else 0
+    epoch = state.step if state else 0
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    with progress_bar(
-        f"sft: {num_parameters / 1e6:.1f}M parameters", total_steps, first_epoch * batches_per_epoch
-    ) as bar:
-        epoch = first_epoch
+    title = f"sft: {num_parameters / 1e6:.1f}M parameters"
+    with progress_bar(title, batches_per_epoch * config.max_epochs, batches_per_epoch * epoch) as bar:
         while epoch < config.max_epochs and epoch - progress["best_epoch"] < config.patience:
             start, tokens, total, num_items = time.monotonic(), 0, 0.0, 0
             model.train()
+            lessons = _lessons(teaching.continuations, examples, config, epoch)
             for events in epoch_batches(numbered, config, epoch):
                 batch = examples.batch(Sequences(events.offsets, train.items[events.items]))
-                lists = teacher.select(events.items) if teacher is not None else None
-                with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                    log_likelihood, expected = log_likelihoods(model, catalog, vocabulary, batch, lists)  # (items,)
-                loss = -log_likelihood.mean()
-                _refuse_non_finite(loss.item(), epoch + 1, config)
-                optimizer.zero_grad()
-                torch.autograd.backward(torch.lerp(loss, -expected.mean(), config.distillation))
-                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                schedule.step()
+                lists = teaching.lists.select(events.items) if teaching.lists is not None else None
+                loss = learner.step(batch, lists, next(lessons))
+                _refuse_non_finite(loss, epoch + 1, config)
                 tokens += int(batch.token_ids.numel())
-                total, num_items = total - float(loss.detach()) * len(log_likelihood), num_items + len(log_likelihood)
+                total, num_items = total - loss * len(batch.ranks), num_items + len(batch.ranks)
                 bar.advance()
             epoch += 1
-            validated = mean_target_log_likelihood(model, examples, validation, config)
-            _refuse_non_finite(-validated, epoch, config)
-            progress |= {"train": total / num_items, "tokens": progress["tokens"] + tokens}
-            progress["seconds"] += time.monotonic() - start
-            if config.keep == "last" or validated > progress["best"]:
-                progress |= {"best": validated, "best_epoch": epoch}
-                _save_model(model, folder.path / MODEL)
-            save_checkpoint(
-                folder.path / CHECKPOINT,
-                model=model,
-                optimizer=optimizer,
-                scheduler=schedule,
-                step=epoch,
-                extra=progress,
-            )
+            with learner.kept_weights():
+                validated = mean_target_log_likelihood(model, examples, validation, config)
+                _refuse_non_finite(-validated, epoch, config)
+                progress |= {"train": total / num_items, "tokens": progress["tokens"] + tokens}
+                progress["seconds"] += time.monotonic() - start
+                if config.keep == "last" or validated > progress["best"]:
+                    progress |= {"best": validated, "best_epoch": epoch}
+                    _save_model(model, folder.path / MODEL)
+            learner.save(folder.path / CHECKPOINT, epoch, progress)
             bar.note(f"epoch {epoch}: {-progress['train']:.3f} train, {-validated:.3f} validation nats/item")
     write_atomically(folder.path / SPEC, renderer.spec.model_dump_json().encode())
     summary = SftSummary(
@@ -236,6 +240,71 @@ def run(
     return summary
 
 
+class _Learner:
+    """A model and all that changes it, step by step."""
+
+    def __init__(self, config: SftConfig, model: "PreTrainedModel", examples: "Examples", total_steps: int) -> None:
+        self._config = config
+        self._model = model
+        self._examples = examples
+        self._optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.98)
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
+        )
+        self._average = MovingAverage(model.parameters(), config.moving_average) if config.moving_average else None
+
+    def step(self, batch: "Batch", lists: TeacherLists | None, lesson: "tuple[Batch, TeacherLists] | None") -> float:
+        """Learn from a batch, its teacher's lists and a lesson; the batch's mean loss.
+
+        A loss that is no number changes nothing.
+        """
+        self._optimizer.zero_grad()
+        log_likelihood, expected = self._log_likelihoods(batch, lists)
+        loss = -log_likelihood.mean()
+        if not math.isfinite(loss.item()):
+            return loss.item()
+        torch.autograd.backward(torch.lerp(loss, -expected.mean(), self._config.distillation))
+        if lesson is not None:
+            _, expected = self._log_likelihoods(*lesson)
+            torch.autograd.backward(-expected.mean())
+        nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
+        self._optimizer.step()
+        self._schedule.step()
+        if self._average is not None:
+            self._average.update()
+        return loss.item()
+
+    def kept_weights(self) -> AbstractContextManager[None]:
+        """The model has the weights that are validated and kept: the average, where there is one."""
+        return self._average.in_place() if self._average is not None else nullcontext()
+
+    def save(self, path: Path, epoch: int, progress: dict[str, Any]) -> None:
+        """A checkpoint after an epoch."""
+        average = {"moving_average": self._average.state()} if self._average is not None else {}
+        save_checkpoint(
+            path,
+            model=self._model,
+            optimizer=self._optimizer,
+            scheduler=self._schedule,
+            step=epoch,
+            extra=progress | average,
+        )
+
+    def load(self, path: Path) -> Checkpoint | None:
+        """Go on from a checkpoint, if there is one."""
+        state = load_checkpoint(path, model=self._model, optimizer=self._optimizer, scheduler=self._schedule)
+        if state is not None and self._average is not None:
+            self._average.load_state(state.extra.pop("moving_average"))
+        return state
+
+    def _log_likelihoods(self, batch: "Batch", lists: TeacherLists | None) -> tuple[Tensor, Tensor]:
+        catalog, vocabulary = self._examples.catalog, self._examples.vocabulary
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.dtype == "bfloat16"):
+            return log_likelihoods(self._model, catalog, vocabulary, batch, lists)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of token ids, padded on the right, with every item that is a target."""
@@ -244,6 +313,11 @@ class Batch:
     ranks: npt.NDArray[np.int64]  # (items,) catalogue rank of each target item
     positions: Tensor  # (items, L): positions whose output predicts each code
     rows: Tensor  # (items,)
+
+    def where(self, is_target: npt.NDArray[np.bool_]) -> "Batch":
+        """The same rows, of whose target items (items,) only these are targets."""
+        kept = torch.from_numpy(is_target)
+        return Batch(self.token_ids, self.ranks[is_target], self.positions[kept], self.rows[kept])
 
 
 class Examples:
@@ -271,6 +345,29 @@ class Examples:
             token_ids.append(np.concatenate((prompt, target)))
             places.append(len(prompt) + np.arange(len(target))[None])
         return _batch(token_ids, places, [window[-1:] for window in windows])
+
+
+def _lessons(
+    continuations: Continuations | None, examples: Examples, config: SftConfig, epoch: int
+) -> Iterator[tuple[Batch, TeacherLists] | None]:
+    """Batches of continuations without end, half as large as those of sequences, beside which they are learnt.
+
+    All come before any comes again; None where there are none. A pure function of (seed, epoch).
+    """
+    if continuations is None or not len(continuations.sequences):
+        yield from repeat(None)
+        return
+    rng = np.random.default_rng((config.seed, epoch, 1))
+    sequences, list_of_event = continuations.sequences, continuations.list_of_event()
+    numbered = Sequences(sequences.offsets, np.arange(len(sequences.items), dtype=np.int32))
+    size = max(1, config.batch_size // 2)
+    while True:
+        order = rng.permutation(len(numbered))
+        for start in range(0, len(order), size):
+            events = numbered.select(order[start : start + size])
+            lists = list_of_event[events.items]
+            batch = examples.batch(Sequences(events.offsets, sequences.items[events.items]))
+            yield batch.where(lists >= 0), continuations.lists.select(lists[lists >= 0])
 
 
 def _batch(token_ids: list[TokenIds], places: list[npt.NDArray[np.int64]], ranks: list[npt.NDArray[np.int32]]) -> Batch:
@@ -380,11 +477,11 @@ def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[S
 
 
 def build_model(
-    config: SftConfig, catalog: Catalog, folder: Path, features: Vectors | None = None
+    config: SftConfig, catalog: Catalog, folder: Path, known: KnownItems | None = None
 ) -> tuple["PreTrainedModel", SidVocabulary, PromptRenderer]:
     """A fresh or extended model with its SID block and its prompts; a base model's tokenizer goes into `model/`.
 
-    `features` (N, F) by catalogue rank: what `item_memory` knows of the items.
+    `known`, by catalogue rank, is for `item_memory`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -393,9 +490,9 @@ def build_model(
         model = AutoModelForCausalLM.from_config(_fresh_config(config, vocabulary))
         _add_dropout(model, config.dropout)
         if config.item_memory:
-            if features is None:
+            if known is None:
                 raise StageError("sft.item_memory=true needs what is known of the items, and nothing was given")
-            ItemMemory(catalog, vocabulary, features, config.hidden_size).install(model)
+            ItemMemory(catalog, vocabulary, known, config.hidden_size).install(model)
         return (
             model,
             vocabulary,
@@ -462,11 +559,13 @@ def _parameter_groups(model: "PreTrainedModel", config: SftConfig) -> list[dict[
     return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _require_inputs(config: SftConfig, validation: TargetSplit, teacher: TeacherLists | None) -> None:
+def _require_inputs(config: SftConfig, validation: TargetSplit, teaching: Teaching) -> None:
     if len(validation.targets) == 0:
         raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
-    if config.distillation and teacher is None:
+    if config.distillation and teaching.lists is None:
         raise StageError(f"sft.distillation={config.distillation} needs a teacher's lists, and nothing was given")
+    if config.continuations and teaching.continuations is None:
+        raise StageError(f"sft.continuations={config.continuations} needs continued sequences, and nothing was given")
 
 
 def _refuse_non_finite(loss: float, epoch: int, config: SftConfig) -> None:

@@ -13,7 +13,7 @@ from training.collaborative import CollaborativeConfig, ItemKnn
 from training.distillation import TeacherLists, leave_one_out_knn, teacher_log_likelihood
 from training.legal_softmax import child_log_probs
 from training.sequences import Sequences
-from training.sft import run
+from training.sft import Teaching, run
 from training.stage import StageError, StageFolder
 
 NUM_ITEMS = 12
@@ -95,7 +95,7 @@ def test_training_on_a_teacher_alone_learns_the_teacher(tmp_path):
     config = config_of(distillation=0.99, **settings)
     folder = StageFolder(tmp_path / "taught", config, {})
     teacher = uniform_lists(constant, len(CATALOG))
-    taught = run(config, CATALOG, constant, VALIDATION, folder, teacher=teacher)
+    taught = run(config, CATALOG, constant, VALIDATION, folder, Teaching(lists=teacher))
     alone_config = config_of(**settings)
     alone = run(alone_config, CATALOG, constant, VALIDATION, StageFolder(tmp_path / "alone", alone_config, {}))
     assert alone.train_log_likelihood > -0.1

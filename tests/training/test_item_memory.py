@@ -10,21 +10,31 @@ from transformers import AutoModelForCausalLM
 
 from tests.training.test_sft import CATALOG, CYCLE, NUM_ITEMS, VALIDATION, config_of, decoded_scores
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.item_memory import TEXT_WIDTH, item_features, memory_of, plain_state
-from training.sft import Examples, SftSummary, TrainedModel, build_model, item_log_likelihood, run
+from training.item_memory import TEXT_WIDTH, ItemMemory, KnownItems, memory_of, plain_state
+from training.sft import (
+    Examples,
+    SftSummary,
+    Teaching,
+    TrainedModel,
+    build_model,
+    compact_vocabulary,
+    item_log_likelihood,
+    run,
+)
 from training.stage import StageError, StageFolder
 
-FEATURES = np.random.default_rng(0).standard_normal((NUM_ITEMS, 5)).astype(np.float32)
+TEXT, COLLABORATIVE = np.random.default_rng(0).standard_normal((2, NUM_ITEMS, 5)).astype(np.float32)
+KNOWN = KnownItems(TEXT, COLLABORATIVE)
 
 
-def train(path: Path, features: np.ndarray | None = FEATURES, **settings: object) -> SftSummary:
+def train(path: Path, known: KnownItems | None = KNOWN, **settings: object) -> SftSummary:
     config = config_of(item_memory=True, **settings)
-    return run(config, CATALOG, CYCLE, VALIDATION, StageFolder(path, config, {}), features)
+    return run(config, CATALOG, CYCLE, VALIDATION, StageFolder(path, config, {}), Teaching(known))
 
 
 def with_memory(path: Path):
     torch.manual_seed(0)
-    return build_model(config_of(dropout=0.0, item_memory=True), CATALOG, path, FEATURES)
+    return build_model(config_of(dropout=0.0, item_memory=True), CATALOG, path, KNOWN)
 
 
 def test_a_row_is_its_own_part_and_the_projected_mean_of_the_items_beneath(tmp_path):
@@ -33,7 +43,7 @@ def test_a_row_is_its_own_part_and_the_projected_mean_of_the_items_beneath(tmp_p
     assert memory is not None
     beneath = CATALOG.codes[:, 1] == 1
     token = vocabulary.block(1).start + 1
-    expected = memory.own[token] + memory.projection(torch.from_numpy(FEATURES[beneath].mean(axis=0)))
+    expected = memory.own[token] + memory.projection(torch.from_numpy(TEXT[beneath].mean(axis=0)))
     torch.testing.assert_close(model.lm_head.weight[token], expected)
     torch.testing.assert_close(model.get_input_embeddings().weight[token], expected * memory.input_scale)
     nobody = vocabulary.block(0).start + 3  # the first level has three codes of four
@@ -81,24 +91,47 @@ def test_a_model_without_a_memory_keeps_its_own_state(tmp_path):
     assert plain_state(model).keys() == model.state_dict().keys()
 
 
-def test_features_are_centred_cut_to_the_strongest_directions_and_of_one_length():
+def test_text_is_centred_and_cut_to_the_strongest_directions_and_both_kinds_are_of_one_length():
     rng = np.random.default_rng(1)
     text = rng.standard_normal((400, TEXT_WIDTH + 40)) * np.linspace(5, 0.01, TEXT_WIDTH + 40) + 7
     collaborative = rng.standard_normal((400, 8)) * 100
-    features = item_features(text.astype(np.float32), collaborative.astype(np.float32))
-    assert features.shape == (400, TEXT_WIDTH + 8)
-    assert np.abs(features[:, :TEXT_WIDTH].mean(axis=0)).max() < 1e-3
-    assert (features[:, :TEXT_WIDTH] ** 2).mean() == pytest.approx(1, rel=1e-4)
-    assert (features[:, TEXT_WIDTH:] ** 2).mean() == pytest.approx(1, rel=1e-4)
+    known = KnownItems.of(text.astype(np.float32), collaborative.astype(np.float32))
+    assert (known.text.shape, known.collaborative.shape) == ((400, TEXT_WIDTH), (400, 8))
+    assert np.abs(known.text.mean(axis=0)).max() < 1e-3
+    assert (known.text**2).mean() == pytest.approx(1, rel=1e-4)
+    assert (known.collaborative**2).mean() == pytest.approx(1, rel=1e-4)
     # the directions that are left out are the weak ones: nothing that matters to a distance is lost
     original = text - text.mean(axis=0)
-    ours = np.linalg.norm(features[:100, :TEXT_WIDTH] - features[100:200, :TEXT_WIDTH], axis=1)
+    ours = np.linalg.norm(known.text[:100] - known.text[100:200], axis=1)
     theirs = np.linalg.norm(original[:100] - original[100:200], axis=1)
     assert np.corrcoef(ours, theirs)[0, 1] > 0.99
+    assert (known.select(np.array([3, 1])).text == known.text[[3, 1]]).all()
+
+
+@pytest.mark.parametrize("width", [64, 4])
+def test_rows_start_at_what_sasrec_knows_of_their_items(width):
+    """The more alike two items' vectors, the more alike their rows, whatever the noise."""
+    vocabulary = compact_vocabulary(CATALOG)
+    known = KnownItems.of(TEXT, COLLABORATIVE)
+    wanted = torch.from_numpy(_mean_of_last_codes(known.collaborative))
+    similarity = torch.zeros(len(wanted), len(wanted))
+    for seed in range(200):
+        torch.manual_seed(seed)
+        own = ItemMemory(CATALOG, vocabulary, known, width).own.detach()
+        rows = own[vocabulary.block(CATALOG.space.num_levels - 1)][: len(wanted)]
+        similarity += rows @ rows.T
+    other_than_itself = ~torch.eye(len(wanted), dtype=torch.bool)
+    pair = torch.stack([similarity[other_than_itself], (wanted @ wanted.T)[other_than_itself]])
+    assert torch.corrcoef(pair)[0, 1] > 0.9
+
+
+def _mean_of_last_codes(vectors: np.ndarray) -> np.ndarray:
+    last = CATALOG.codes[:, -1]
+    return np.stack([vectors[last == code].mean(axis=0) for code in range(int(last.max()) + 1)])
 
 
 def test_a_memory_needs_something_to_know_and_tables_of_its_own(tmp_path, pretrained):
     with pytest.raises(StageError, match="item_memory=true needs what is known"):
-        train(tmp_path, features=None)
+        train(tmp_path, known=None)
     with pytest.raises(ValidationError, match="brings its tables with it"):
         config_of(item_memory=True, base_model=str(pretrained["llama"]))

@@ -25,7 +25,9 @@ def blobs(sizes: list[int], width: int, seed: int = 0) -> tuple[np.ndarray, np.n
 
 
 def first_codes(text: np.ndarray, collaborative: np.ndarray | None, weight: float = 1.4) -> np.ndarray:
-    return clustered_codes(text, collaborative, weight, threads=1, seed=0)[1][:, 0]
+    _, codes = clustered_codes(text, collaborative, weight, threads=1, seed=0)
+    first: np.ndarray = codes[:, 0]
+    return first
 
 
 def together(labels: np.ndarray) -> np.ndarray:
