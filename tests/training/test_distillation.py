@@ -9,11 +9,19 @@ from hypothesis import strategies as st
 from semantic_ids.codes import SidSpace
 from semantic_ids.trie import ROOT, SidTrie
 from tests.training.test_sft import CATALOG, CYCLE, VALIDATION, config_of
-from training.collaborative import CollaborativeConfig, ItemKnn
-from training.distillation import TeacherLists, leave_one_out_knn, teacher_log_likelihood
+from training.collaborative import CollaborativeConfig, ItemKnn, SasRec, SasRecShape
+from training.distillation import (
+    NUM_SAMPLED,
+    SASREC_SHARE,
+    Continuations,
+    TeacherLists,
+    leave_one_out_knn,
+    sample_continuations,
+    teacher_log_likelihood,
+)
 from training.legal_softmax import child_log_probs
 from training.sequences import Sequences
-from training.sft import Teaching, run
+from training.sft import TargetSplit, Teaching, run
 from training.stage import StageError, StageFolder
 
 NUM_ITEMS = 12
@@ -108,3 +116,118 @@ def test_distillation_without_lists_is_refused(tmp_path):
     config = config_of(distillation=0.5)
     with pytest.raises(StageError, match=r"distillation=0\.5 needs a teacher"):
         run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path, config, {}))
+
+
+class TestContinuations:
+    """What the teachers expect behind sequences that they continued themselves."""
+
+    TRAIN = sequences_of(3, num_users=6)
+
+    def sampled(self, count: int, *, train: Sequences | None = None, seed: int = 0) -> Continuations:
+        sasrec, knn = self.teachers()
+        train = self.TRAIN if train is None else train
+        return sample_continuations(train, sasrec, knn, count=count, max_events=7, seed=seed)
+
+    @staticmethod
+    def teachers() -> tuple[SasRec, ItemKnn]:
+        torch.manual_seed(0)
+        shape = SasRecShape(NUM_ITEMS, embedding_width=8, num_layers=1, num_heads=1, dropout=0.0, max_length=5)
+        sasrec = SasRec(shape).eval()
+        return sasrec, ItemKnn.fit(sequences_of(4), NUM_ITEMS, CONFIG)
+
+    def test_they_are_the_ends_of_users_sequences_and_items_that_these_users_have_not_had(self):
+        continuations = self.sampled(14)
+        originals = [items.tolist() for items in self.TRAIN]
+        assert len(continuations.sequences) == 14
+        num_each = [0] * len(originals)
+        for sequence in continuations.sequences:
+            assert len(sequence) <= 7
+            before, after = sequence[:-NUM_SAMPLED].tolist(), sequence[-NUM_SAMPLED:].tolist()
+            is_whole = len(sequence) < 7
+            owner = next(one for one in originals if one == before or (not is_whole and one[-len(before) :] == before))
+            assert not set(after) & set(owner)
+            assert len(set(after)) == NUM_SAMPLED
+            num_each[originals.index(owner)] += 1
+        assert max(num_each) <= -(-14 // len(originals))
+
+    def test_lists_are_what_both_teachers_expect_without_what_the_user_has_had(self):
+        continuations, (sasrec, knn) = self.sampled(12), self.teachers()
+        places = continuations.list_of_event()
+        for number, sequence in enumerate(continuations.sequences):
+            if len(sequence) == 7:
+                continue  # cut: the beginning that the teachers saw is not there any more
+            offset = int(continuations.sequences.offsets[number])
+            assert (places[offset : offset + len(sequence) - NUM_SAMPLED + 1] == -1).all()
+            for place in range(len(sequence) - NUM_SAMPLED + 1, len(sequence)):
+                history = Sequences.of([sequence[:place]])
+                logits, evidence = sasrec.scores(history)[0], knn.scores(history)[0]
+                logits[sequence[:place]], evidence[sequence[:place]] = -np.inf, 0
+                expected = np.exp(logits) / np.exp(logits).sum()
+                if evidence.sum():
+                    expected = SASREC_SHARE * expected + (1 - SASREC_SHARE) * evidence / evidence.sum()
+                row = places[offset + place]
+                lists = continuations.lists
+                given_ = np.bincount(lists.items[row], lists.weights[row], minlength=NUM_ITEMS)
+                assert given_ == pytest.approx(expected, abs=1e-4)
+
+    def test_items_are_drawn_by_their_probability(self):
+        """From a thousand continuations of one sequence: the first item's frequencies beside the teachers' numbers."""
+        history = [0, 5]
+        continuations = self.sampled(3000, train=Sequences.of([history]))
+        first = continuations.sequences.items.reshape(3000, -1)[:, 2]
+        sasrec, knn = self.teachers()
+        logits, evidence = sasrec.scores(Sequences.of([history]))[0], knn.scores(Sequences.of([history]))[0]
+        logits[history], evidence[history] = -np.inf, 0
+        expected = np.exp(logits) / np.exp(logits).sum()
+        if evidence.sum():
+            expected = SASREC_SHARE * expected + (1 - SASREC_SHARE) * evidence / evidence.sum()
+        assert np.bincount(first, minlength=NUM_ITEMS) / 3000 == pytest.approx(expected, abs=0.04)
+
+    def test_the_same_arguments_give_the_same_and_another_seed_gives_others(self):
+        one, same, other = self.sampled(9), self.sampled(9), self.sampled(9, seed=1)
+        assert (one.sequences.items == same.sequences.items).all()
+        assert (one.lists.weights == same.lists.weights).all()
+        assert (
+            len(one.sequences.items) != len(other.sequences.items)
+            or (one.sequences.items != other.sequences.items).any()
+        )
+
+    def test_whoever_has_had_nearly_everything_is_left_out(self):
+        everything = list(range(NUM_ITEMS))
+        continuations = self.sampled(5, train=Sequences.of([everything, [1, 2]]))
+        assert {tuple(one[:2].tolist()) for one in continuations.sequences} == {(1, 2)}
+        assert len(self.sampled(5, train=Sequences.of([everything])).sequences) == 0
+
+    def test_new_names_reach_sequences_and_lists(self):
+        continuations = self.sampled(4)
+        new_name = np.arange(NUM_ITEMS, dtype=np.int32)[::-1].copy()
+        renamed = continuations.renamed(new_name)
+        assert (renamed.sequences.items == NUM_ITEMS - 1 - continuations.sequences.items).all()
+        assert (renamed.lists.items == NUM_ITEMS - 1 - continuations.lists.items).all()
+        assert (renamed.lists.weights == continuations.lists.weights).all()
+
+    def test_training_learns_what_is_expected_there(self, tmp_path):
+        """Behind every sequence the teachers want the last item, which no training event ever shows."""
+        wanted = len(CATALOG) - 1
+        train = Sequences.of([[one % (wanted - 1), (one + 1) % (wanted - 1)] for one in range(40)])
+        sequences = Sequences.of([[*one.tolist(), *[wanted] * NUM_SAMPLED] for one in train])
+        lists = TeacherLists.empty(len(train) * (NUM_SAMPLED - 1))
+        lists.items[:, 0], lists.weights[:, 0] = wanted, 1.0
+        split = TargetSplit(Sequences.of([[*one.tolist(), wanted] for one in train]), np.full(40, wanted, np.int32))
+        settings = {"max_epochs": 15, "learning_rate": 0.02, "dropout": 0.0, "keep": "last"}
+        taught_config = config_of(continuations=40, **settings)
+        teaching = Teaching(continuations=Continuations(sequences, lists))
+        taught = run(
+            taught_config, CATALOG, train, split, StageFolder(tmp_path / "taught", taught_config, {}), teaching
+        )
+        alone_config = config_of(**settings)
+        alone = run(alone_config, CATALOG, train, split, StageFolder(tmp_path / "alone", alone_config, {}))
+        assert taught.validation_log_likelihood > -1.0
+        assert alone.validation_log_likelihood < -4.0
+
+    def test_nobody_to_continue_is_no_obstacle_and_nothing_given_is_refused(self, tmp_path):
+        nobody = Continuations(Sequences.of([]), TeacherLists.empty(0))
+        config = config_of(continuations=5, max_epochs=1)
+        run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path / "a", config, {}), Teaching(continuations=nobody))
+        with pytest.raises(StageError, match="continuations=5 needs continued sequences"):
+            run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path / "b", config, {}))

@@ -24,14 +24,14 @@ def blobs(sizes: list[int], width: int, seed: int = 0) -> tuple[np.ndarray, np.n
     return (centres[group] + 0.01 * rng.normal(size=(len(group), width))).astype(np.float32), group
 
 
-def first_codes(text: np.ndarray, collaborative: np.ndarray | None, weight: float = 1.4) -> np.ndarray:
-    _, codes = clustered_codes(text, collaborative, weight, threads=1, seed=0)
-    first: np.ndarray = codes[:, 0]
-    return first
+def first_codes(text: np.ndarray, collaborative: np.ndarray | None) -> np.ndarray:
+    _, codes = clustered_codes(text, collaborative, 1.4, threads=1, seed=0)
+    return np.array(codes[:, 0])
 
 
 def together(labels: np.ndarray) -> np.ndarray:
-    return labels[:, None] == labels[None]
+    same: np.ndarray = labels[:, None] == labels[None]
+    return same
 
 
 class TestCodes:
