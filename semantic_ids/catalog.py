@@ -43,6 +43,7 @@ BASE_EPOCH = 0
 _ARRAYS = ("codes", "popularity", "id_hashes", "id_hash_ranks", "category_offsets", "category_ranks")
 _STRINGS = ("item_ids", "titles", "category_paths", "category_names")
 _TRIE_ARRAYS = ("level_starts", "tokens", "first_child", "leaf_rank")
+_MAX_RECENT = 16_384  # ids whose ranks are kept at hand: 2 MB
 _UNIT = "\x1f"  # between an item's category paths, inside the column
 
 
@@ -118,16 +119,34 @@ class Catalog:
     def ranks_of(self, item_ids: Iterable[str]) -> tuple[Ranks, list[str]]:
         """Ranks of the known ids, in the order given, and the ids that are unknown."""
         ids = list(item_ids)
+        recent = self._recent_ranks
+        found = [recent.get(item_id) for item_id in ids]
+        if None in found:
+            looked_up = self._look_up([item_id for item_id, rank in zip(ids, found, strict=True) if rank is None])
+            found = [looked_up.get(ids[place]) if rank is None else rank for place, rank in enumerate(found)]
+            if len(recent) + len(looked_up) > _MAX_RECENT:
+                recent.clear()
+            if len(looked_up) <= _MAX_RECENT:
+                recent.update(looked_up)
+        unknown = [item_id for item_id, rank in zip(ids, found, strict=True) if rank is None]
+        return np.array([rank for rank in found if rank is not None], np.int64), unknown
+
+    @cached_property
+    def _recent_ranks(self) -> dict[str, int]:
+        """Of ids asked for of late: a user's history comes with every one of their requests, and twice."""
+        return {}
+
+    def _look_up(self, ids: list[str]) -> dict[str, int]:
+        """The ranks of those that are known."""
         hashes = hash_ids(ids)
         first = np.searchsorted(self.id_hashes, hashes)
         end = np.searchsorted(self.id_hashes, hashes, side="right")
         # Nearly always one candidate an id, or none; ids with one hash stand side by side.
         places = [place for low, high in zip(first.tolist(), end.tolist(), strict=True) for place in range(low, high)]
         candidates = self.id_hash_ranks[np.array(places, np.int64)]
-        rank_of = dict(zip(self.item_ids.take(candidates), candidates.tolist(), strict=True))
-        ranks = [rank_of[item_id] for item_id in ids if item_id in rank_of]
-        unknown = [item_id for item_id in ids if item_id not in rank_of]
-        return np.array(ranks, np.int64), unknown
+        wanted = set(ids)
+        pairs = zip(self.item_ids.take(candidates), candidates.tolist(), strict=True)
+        return {item_id: rank for item_id, rank in pairs if item_id in wanted}
 
     def categories_of(self, rank: int) -> list[str]:
         """The item's category paths, such as `["Beauty > Hair Care"]`."""

@@ -84,6 +84,18 @@ def test_ties_keep_the_order_of_the_rows_and_not_of_the_ids(ids: list[str]):
     assert list(catalog.item_ids) == ids
 
 
+def test_ids_asked_for_again_have_the_same_ranks_and_only_so_many_are_remembered(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("semantic_ids.catalog._MAX_RECENT", 3)
+    ids = list(catalog.item_ids)
+    for asked in ([*ids, "nobody"], ids[:2], [ids[1], "nobody", ids[2], ids[1]], ids[3:], ids[:2], [], ["nobody"]):
+        ranks, unknown = catalog.ranks_of(asked)
+        assert [ids[rank] for rank in ranks] == [item_id for item_id in asked if item_id != "nobody"]
+        assert unknown == [item_id for item_id in asked if item_id == "nobody"]
+        assert len(catalog._recent_ranks) <= 3
+
+
 def test_rank_of_finds_every_item_and_no_other(catalog: Catalog):
     assert [catalog.rank_of(item_id) for item_id in catalog.item_ids] == list(range(len(catalog)))
     assert catalog.rank_of("item-") is None
