@@ -7,9 +7,13 @@ followed by a *volatile* part. An engine that caches KV by prefix thus pays only
     version 1, compact   <bos> SID SID SID …                        models trained from scratch
     version 2, chat      ChatML instruction, one line per item       pretrained models
     version 3, thinking  version 2, a think block before the SID     pretrained models that reason
+    version 4, stepwise  version 1; steps stand before a SID's codes models that think in latent steps
 
 Version 3 without a thought has an empty think block (the no-think form of SIDReasoner, arXiv 2603.23183); with one, the
 model writes on from `<think>` until `</think>`, and its SID comes after that.
+
+In version 4 fixed tokens stand before the codes of the SID that is asked for, and before no other: a history looks as
+in version 1 (S²GR's thinking steps, arXiv 2601.18664, in the discrete form that any engine serves).
 """
 
 from collections.abc import Sequence
@@ -25,9 +29,13 @@ from semantic_ids.codes import Codes, SidVocabulary, TokenIds
 COMPACT_VERSION = 1
 CHAT_VERSION = 2
 THINKING_VERSION = 3
+STEPWISE_VERSION = 4
 
 COMPACT_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", *(f"<reserved_{i}>" for i in range(13)))
-"""A from-scratch vocabulary begins with these 16 ids; the SID block follows."""
+"""A from-scratch vocabulary begins with these 16 ids; the SID block follows. Version 4's steps are reserved ones."""
+
+MAX_STEPS = 13
+"""Thinking steps of one SID, over all its codes."""
 
 THINKING_TOKENS = ("<think>", "</think>")
 """What a thought stands between, each a single token of a model's tokenizer."""
@@ -45,6 +53,8 @@ class PromptSpec(BaseModel):
     version: int
     max_history: int
     """Most history items in one prompt."""
+    steps: tuple[int, ...] = ()
+    """Thinking steps before each code of the SID that is asked for, of stepwise prompts alone."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,11 @@ class PromptRenderer(Protocol):
         """How the model thinks; None where it cannot."""
         ...
 
+    @property
+    def forced(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids that go before each code of the SID that is asked for, L entries; empty: none anywhere."""
+        ...
+
     def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
         """The prompt after which the model writes the next item's SID, or with `thinking` its thought.
 
@@ -129,6 +144,7 @@ class CompactPrompt:
 
     version: ClassVar[int] = COMPACT_VERSION
     thinking: ClassVar[None] = None
+    forced: tuple[tuple[int, ...], ...] = ()
     bos_token_id: ClassVar[int] = COMPACT_SPECIAL_TOKENS.index("<bos>")
 
     def __init__(self, spec: PromptSpec, vocabulary: SidVocabulary) -> None:
@@ -161,11 +177,30 @@ class CompactPrompt:
         return np.concatenate(([self.bos_token_id], self._vocabulary.token_ids(codes).ravel()))
 
 
+class StepwisePrompt(CompactPrompt):
+    """Version 4: as version 1, and thinking steps before the codes of the SID that is asked for, each its own token."""
+
+    version: ClassVar[int] = STEPWISE_VERSION
+
+    def __init__(self, spec: PromptSpec, vocabulary: SidVocabulary) -> None:
+        super().__init__(spec, vocabulary)
+        num_levels = vocabulary.space.num_levels
+        if len(spec.steps) != num_levels or min(spec.steps) < 0 or not 0 < sum(spec.steps) <= MAX_STEPS:
+            raise PromptError(
+                f"stepwise prompts have a number of steps for each of {num_levels} levels, together 1 to {MAX_STEPS}, "
+                f"not {list(spec.steps)}"
+            )
+        first = COMPACT_SPECIAL_TOKENS.index("<reserved_0>")
+        ends = [first + sum(spec.steps[: level + 1]) for level in range(num_levels)]
+        self.forced = tuple(tuple(range(end - steps, end)) for end, steps in zip(ends, spec.steps, strict=True))
+
+
 class ChatPrompt:
     """Version 2: ChatML, as SmolLM2 and Qwen3 read it. SID tokens come from ids, so no title can forge one."""
 
     version: ClassVar[int] = CHAT_VERSION
     thinking: ThinkingFormat | None = None
+    forced: ClassVar[tuple[tuple[int, ...], ...]] = ()
 
     _INSTRUCTION = (
         "<|im_start|>system\nYou recommend items. Every item is named by a semantic ID of {num_levels} codes. "
@@ -276,6 +311,10 @@ def make_renderer(
     spec: PromptSpec, vocabulary: SidVocabulary, tokenizer: TextTokenizer | None = None
 ) -> PromptRenderer:
     """The renderer of `spec.version`; `PromptError` for a version that this build does not know."""
+    if spec.version == STEPWISE_VERSION:
+        return StepwisePrompt(spec, vocabulary)
+    if spec.steps:
+        raise PromptError(f"prompt version {spec.version} has no thinking steps, and {list(spec.steps)} are asked for")
     if spec.version == COMPACT_VERSION:
         return CompactPrompt(spec, vocabulary)
     if spec.version in (CHAT_VERSION, THINKING_VERSION):
@@ -283,7 +322,7 @@ def make_renderer(
             raise PromptError("chat prompts need the model's tokenizer, and the bundle carries none")
         kind = ChatPrompt if spec.version == CHAT_VERSION else ThinkingChatPrompt
         return kind(spec, vocabulary, tokenizer)
-    known = [COMPACT_VERSION, CHAT_VERSION, THINKING_VERSION]
+    known = [COMPACT_VERSION, CHAT_VERSION, THINKING_VERSION, STEPWISE_VERSION]
     raise PromptError(
         f"no renderer for prompt version {spec.version}; this build knows {known}: upgrade it or roll the bundle back"
     )

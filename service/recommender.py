@@ -333,7 +333,7 @@ class Recommender:
         return Think(limits.max_tokens, seconds, thinking.close)
 
     def _program(self, think: Think | None) -> StepProgram:
-        codes = sid_program(self._catalog.space)
+        codes = sid_program(self._catalog.space, self._bundle.renderer.forced)
         return codes if think is None else (think, *codes)
 
     def _thought_question(self, call: "_Call", context: UserContext) -> ThoughtQuestion | None:

@@ -40,7 +40,7 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help="A packaged configuration (default, demo) or a YAML file; absent: RUN's last one, else default.",
+        help="A packaged configuration (default, demo, best) or a YAML file; absent: RUN's last one, else default.",
         show_default=False,
     ),
 ]

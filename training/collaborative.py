@@ -257,6 +257,8 @@ class SasRec(nn.Module):
     def __init__(self, shape: "SasRecShape") -> None:
         super().__init__()
         self.shape = shape
+        self.never_next = np.empty(0, np.int64)
+        """Items whose score is -inf: a teacher must not name what its student shall not meet."""
         self.items = nn.Embedding(shape.num_items, shape.embedding_width)  # (N, D)
         self.positions = nn.Embedding(shape.max_length, shape.embedding_width)
         self.dropout = nn.Dropout(shape.dropout)
@@ -280,7 +282,11 @@ class SasRec(nn.Module):
     @torch.inference_mode()
     def scores(self, histories: Sequences) -> npt.NDArray[np.float32]:
         """Logits (B, N) of the next item after each history's last `max_length` events; all 0 for an empty history."""
-        recent = last_of_each(histories, self.shape.max_length)
+        scores = self._scores(last_of_each(histories, self.shape.max_length))
+        scores[:, self.never_next] = -np.inf
+        return scores
+
+    def _scores(self, recent: Sequences) -> npt.NDArray[np.float32]:
         lengths = torch.from_numpy(recent.lengths)
         if not lengths.any():
             return np.zeros((len(recent), self.shape.num_items), np.float32)

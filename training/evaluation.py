@@ -2,14 +2,15 @@
 
 Every user's list comes from the trie-constrained beam over the whole catalogue, once with the user's history left out
 and once with nothing left out, from one prefill. Baselines rank the same targets in the same run. What each user got
-is written beside the means, so that runs can be compared user by user (`training.comparison`).
+is written beside the means, so that runs can be compared user by user (`training.comparison`), and the same ranks give
+the means of slices of the users. docs/evaluation.md says what each row is for.
 """
 
 import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,22 +36,36 @@ from training.collaborative import (
     load_popularity,
     load_sasrec,
 )
+from training.interactions import SplitName
 from training.metrics import (
+    NO_ITEM,
     RankingMetrics,
     bootstrap_mean,
+    chance_prefix_recall,
     coverage,
     gini,
     metrics_of_ranks,
     paired_bootstrap,
+    prefix_recall,
     rank_of_a_miss,
 )
 from training.sequences import Sequences
 from training.sft import TrainedModel, history_items
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+from training.text_similarity import TextSimilarity
 from training.tokenizer.stage import TokenizedCatalog
 
 LIST_LENGTH = 50  # the longest cut-off of the metrics
 USERS_FILE = "users.parquet"
+
+HISTORY_SLICES = {"history_1_to_4": (1, 4), "history_5_to_9": (5, 9), "history_10_or_more": (10, None)}
+"""By how many events of a user were known; four is the least that a test history of Amazon's 5-core data has."""
+DESCENDING_IDS = "target_id_below_previous"
+"""Users whose target's id sorts below that of the item before it.
+
+Where events of one day stand in the order of their ids, as in the Amazon data of 2014, "the next higher id" is a guess
+that pays without knowing any taste: these users are free of it.
+"""
 
 
 class EvaluatedSplit(EvaluationInput, Protocol):
@@ -64,7 +79,9 @@ class EvaluatedSplit(EvaluationInput, Protocol):
 class EvaluationConfig(StageConfig):
     """What is ranked, and how wide."""
 
-    split: Literal["test", "validation"] = Field("test", description="choose on validation, report test once")
+    split: SplitName = Field(
+        "test", description="choose on validation, report test once; cold: targets that data.cold_share held out"
+    )
     width: PositiveInt = Field(50, description="beam width; at least 50 is used, as the metrics reach to 50")
     batch_size: PositiveInt = 32
     bootstrap_samples: PositiveInt = 2000
@@ -96,6 +113,14 @@ class Difference(Summary):
     high: float
 
 
+class Slice(Summary):
+    """The rows of some of the users, history masked."""
+
+    num_users: int
+    model: RankingRow
+    baselines: dict[str, RankingRow]
+
+
 class EvaluationSummary(RankingRow):
     """The model's row (history masked), then everything beside it."""
 
@@ -110,6 +135,10 @@ class EvaluationSummary(RankingRow):
     baselines: dict[str, RankingRow]
     difference_recall_10: dict[str, Difference] = Field(alias="difference_recall@10")
     difference_ndcg_10: dict[str, Difference] = Field(alias="difference_ndcg@10")
+    slices: dict[str, Slice] = Field({})  # those that have a user
+    # Share of users with the target's first 1, 2, … L codes among their first ten and fifty: model, baselines, chance.
+    prefix_recall_10: dict[str, list[float]] = Field({}, alias="prefix_recall@10")
+    prefix_recall_50: dict[str, list[float]] = Field({}, alias="prefix_recall@50")
     coverage_10: float = Field(alias="coverage@10")  # share of the catalogue in some first ten
     gini_10: float = Field(alias="gini@10")  # 0: all items equally often
     ms_per_user: float
@@ -118,11 +147,12 @@ class EvaluationSummary(RankingRow):
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the model is compared with, from the collaborative stage."""
+    """What the model is compared with, from the collaborative stage; `text` for cold items, which that cannot know."""
 
     popularity: Popularity
     item_knn: ItemKnn
     sasrec: SasRec
+    text: TextSimilarity | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Baselines":
@@ -135,7 +165,8 @@ class Baselines:
 
     def by_name(self) -> dict[str, Scorer]:
         """The names under which summaries list them."""
-        return {"popularity": self.popularity, "item_knn": self.item_knn, "sasrec": self.sasrec}
+        names: dict[str, Scorer] = {"popularity": self.popularity, "item_knn": self.item_knn, "sasrec": self.sasrec}
+        return names if self.text is None else names | {"text": self.text}
 
 
 def run(
@@ -149,7 +180,8 @@ def run(
     """Rank every user of the split with the model and with each baseline; write `users.parquet`."""
     torch.set_num_threads(config.threads)
     if len(split.targets) == 0:
-        raise StageError(f"the {config.split} split has no user: leave-one-out needs users with at least three events")
+        needs = "data.cold_share above 0" if config.split == "cold" else "users with at least three events"
+        raise StageError(f"the {config.split} split has no user: leave-one-out needs {needs}")
     start = time.monotonic()
     histories, targets = tokenized.to_ranks(split.histories), tokenized.rank_of_item[split.targets]
     lists = ranker.rank_all(histories, targets, config)
@@ -160,10 +192,20 @@ def run(
     )
     masked = metrics_of_ranks(lists.masked_ranks)
     rows: dict[str, RankingMetrics] = {}
+    listed = {"model": lists.first_fifty}
     scorers = baselines.by_name()
     with progress_bar("evaluate: baselines", len(scorers)) as bar:
         for name, scorer in scorers.items():
-            rows[name] = evaluate_scorer(scorer, split.histories, split.targets, masked=True, seed=config.seed).metrics
+            evaluated = evaluate_scorer(
+                scorer,
+                split.histories,
+                split.targets,
+                masked=True,
+                seed=config.seed,
+                num_recommended=LIST_LENGTH,
+            )
+            rows[name], items = evaluated.metrics, evaluated.recommended
+            listed[name] = np.where(items == NO_ITEM, NO_ITEM, tokenized.rank_of_item[items])
             bar.advance()
     interval = bootstrap_mean(masked.recall[10], samples=config.bootstrap_samples, seed=config.seed)
     summary = EvaluationSummary(
@@ -181,6 +223,12 @@ def run(
             name: _difference(masked.recall[10], row.recall[10], config) for name, row in rows.items()
         },
         difference_ndcg_10={name: _difference(masked.ndcg[10], row.ndcg[10], config) for name, row in rows.items()},
+        slices={
+            name: _slice(is_in, masked, rows)
+            for name, is_in in slices_of(histories, targets, tokenized.catalog).items()
+        },
+        prefix_recall_10=_prefix_recalls(listed, 10, targets, tokenized.catalog),
+        prefix_recall_50=_prefix_recalls(listed, LIST_LENGTH, targets, tokenized.catalog),
         coverage_10=coverage(lists.first_ten, len(tokenized.catalog)),
         # Where everybody has seen everything, no item is recommended at all, and all equally often.
         gini_10=gini(lists.first_ten, len(tokenized.catalog)) if (lists.first_ten >= 0).any() else 0.0,
@@ -189,6 +237,43 @@ def run(
     )
     folder.finish(summary)
     return summary
+
+
+def slices_of(
+    histories: Sequences, targets: npt.NDArray[np.int32], catalog: Catalog
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which users (U,) are in each slice that has any; a user is in one of the lengths' and perhaps in the ids'.
+
+    Histories and targets are catalogue ranks.
+    """
+    lengths = histories.lengths
+    slices = {
+        name: (lengths >= least) & (lengths <= (most or lengths)) for name, (least, most) in HISTORY_SLICES.items()
+    }
+    place_of_id = np.empty(len(catalog), np.int64)
+    place_of_id[pl.Series(list(catalog.item_ids)).arg_sort().to_numpy()] = np.arange(len(catalog))
+    has_history = lengths > 0
+    previous = histories.items[histories.offsets[1:][has_history] - 1]
+    is_below = np.zeros(len(targets), np.bool_)
+    is_below[has_history] = place_of_id[targets[has_history]] < place_of_id[previous]
+    slices[DESCENDING_IDS] = is_below
+    return {name: is_in for name, is_in in slices.items() if is_in.any()}
+
+
+def _slice(is_in: npt.NDArray[np.bool_], model: RankingMetrics, baselines: dict[str, RankingMetrics]) -> Slice:
+    return Slice(
+        num_users=int(is_in.sum()),
+        model=RankingRow(**model.select(is_in).means()),
+        baselines={name: RankingRow(**row.select(is_in).means()) for name, row in baselines.items()},
+    )
+
+
+def _prefix_recalls(
+    listed: dict[str, npt.NDArray[np.int32]], length: int, targets: npt.NDArray[np.int32], catalog: Catalog
+) -> dict[str, list[float]]:
+    paths = catalog.trie.path_of_rank(np.arange(len(catalog)))
+    recalls = {name: prefix_recall(paths, lists[:, :length], targets) for name, lists in listed.items()}
+    return recalls | {"chance": chance_prefix_recall(paths, length, targets)}
 
 
 @dataclass(frozen=True)
@@ -244,7 +329,12 @@ class RankedLists:
     unmasked_ranks: npt.NDArray[np.int64]
     sid_hits_10: npt.NDArray[np.bool_]
     target_log_likelihood: npt.NDArray[np.float64]
-    first_ten: npt.NDArray[np.int32]  # (users, 10) catalogue ranks, history masked; -1 where there are fewer
+    first_fifty: npt.NDArray[np.int32]  # (users, 50) catalogue ranks, history masked; NO_ITEM where there are fewer
+
+    @property
+    def first_ten(self) -> npt.NDArray[np.int32]:
+        """The beginning of the same lists, (users, 10)."""
+        return self.first_fifty[:, :10]
 
 
 class GenerativeRanker:
@@ -261,7 +351,7 @@ class GenerativeRanker:
         num_users, missing = len(targets), rank_of_a_miss(len(self.catalog))
         masked_ranks, unmasked_ranks = np.full(num_users, missing), np.full(num_users, missing)
         sid_hits, likelihood = np.zeros(num_users, np.bool_), np.zeros(num_users)
-        first_ten = np.full((num_users, 10), -1, np.int32)
+        first_fifty = np.full((num_users, LIST_LENGTH), NO_ITEM, np.int32)
         order = np.argsort(histories.lengths, kind="stable")
         width = config.beam_width
         with progress_bar("evaluate: beams", num_users) as bar:
@@ -273,28 +363,29 @@ class GenerativeRanker:
                     target = targets[user]
                     masked_ranks[user] = _place(masked.ranks, target, missing)
                     unmasked_ranks[user] = _place(unmasked.ranks, target, missing)
-                    top = masked.ranks[:10]
-                    first_ten[user, : len(top)] = top
-                    sid_hits[user] = (self.catalog.codes[top] == self.catalog.codes[target]).all(axis=1).any()
+                    top = masked.ranks[:LIST_LENGTH]
+                    first_fifty[user, : len(top)] = top
+                    sid_hits[user] = (self.catalog.codes[top[:10]] == self.catalog.codes[target]).all(axis=1).any()
                     likelihood[user] = score
                 bar.advance(len(users))
-        return RankedLists(masked_ranks, unmasked_ranks, sid_hits, likelihood, first_ten)
+        return RankedLists(masked_ranks, unmasked_ranks, sid_hits, likelihood, first_fifty)
 
     def _rank(
         self, histories: list[npt.NDArray[np.int32]], targets: npt.NDArray[np.int32], width: int
     ) -> list[tuple[ScoredItems, ScoredItems, float]]:
         """Per user: the list without the history, the list without any filter, and the target's score."""
         num_items, trie, widths = len(self.catalog), self.catalog.trie, [width] * len(histories)
+        forced = self.renderer.forced
         state = self.decoder.prefill([self.prompt(history) for history in histories])
         everything = [ItemFilter.of(num_items)] * len(histories)
         unseen = [ItemFilter.of(num_items, deny=history.astype(np.int64)) for history in histories]
         # Someone who has seen everything can be recommended nothing; the empty list is a miss.
         can_rank = [item_filter.num_eligible > 0 for item_filter in unseen]
         safe = [item_filter if ok else everything[0] for item_filter, ok in zip(unseen, can_rank, strict=True)]
-        masked = constrained_beam(self.decoder, trie, state, safe, widths)
-        unmasked = constrained_beam(self.decoder, trie, state, everything, widths)
+        masked = constrained_beam(self.decoder, trie, state, safe, widths, forced=forced)
+        unmasked = constrained_beam(self.decoder, trie, state, everything, widths, forced=forced)
         only_target = [ItemFilter.of(num_items, allow=np.array([target])) for target in targets.astype(np.int64)]
-        target = constrained_beam(self.decoder, trie, state, only_target, [1] * len(histories))
+        target = constrained_beam(self.decoder, trie, state, only_target, [1] * len(histories), forced=forced)
         nothing = ScoredItems(np.empty(0, np.int64), np.empty(0, np.float32))
         return [
             (masked[user] if can_rank[user] else nothing, unmasked[user], float(target[user].scores[0]))

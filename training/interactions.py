@@ -17,8 +17,9 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -45,14 +46,20 @@ REQUIRED_COLUMNS = {"interactions": ("user_id", "item_id", "timestamp"), "items"
 OPTIONAL_COLUMNS = {"interactions": ("event_type",), "items": ("categories", "description", "brand", "…")}
 FILE_TYPES = {"interactions": ("csv", "parquet"), "items": ("csv", "jsonl", "parquet")}
 FileName = Literal["interactions", "items"]
+SplitName = Literal["test", "validation", "cold"]
 
 
 class DataConfig(StageConfig):
     """How raw interactions become the dataset."""
 
+    added_later = frozenset({"cold_share"})
+
     k_core: int = Field(1, ge=1, description="keep users and items with at least so many events each; 1 keeps all")
     seed: int = Field(0, ge=0, description="of the shuffles of items, users and events at the same time")
     skip_bad_rows: bool = Field(False, description="drop and list the rows that are not valid, instead of stopping")
+    cold_share: float = Field(
+        0.0, ge=0, lt=1, description="of the items with events: out of all training, for evaluate.split=cold"
+    )
 
 
 class RemovedByKCore(Summary):
@@ -82,6 +89,9 @@ class DataSummary(Summary):
     ignored_events: dict[str, int]  # by type: legal, but nothing to train on
     removed_by_k_core: RemovedByKCore
     skipped_rows: dict[str, int]  # by reason; each row is in skipped_rows.csv
+    cold_items: int = 0
+    cold_events: int = 0  # events of cold items: in no training sequence and in no history
+    cold_users: int = 0  # users of the cold split
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,8 @@ class Dataset:
     """Items with their text, and every user's training events in time order.
 
     Item index i means the same in every field, and user index u likewise. Items without events (below the k-core, or
-    never seen) are in the catalogue like all others.
+    never seen) are in the catalogue like all others, and so are the cold items, whose events are in `sequences` but in
+    nothing that is learnt from or shown as a history: `train` and `evaluation` leave them out.
     """
 
     item_ids: list[str]  # (N,)
@@ -109,6 +120,7 @@ class Dataset:
     sequences: Sequences  # (users,), oldest first
     timestamps: npt.NDArray[np.float64]  # (events,), seconds, beside `sequences.items`
     event_types: npt.NDArray[np.uint8]  # (events,), index into EVENT_TYPES, beside `sequences.items`
+    cold_items: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # ascending
 
     @property
     def num_items(self) -> int:
@@ -120,24 +132,53 @@ class Dataset:
         """Users with at least two training events."""
         return len(self.user_ids)
 
-    def train(self) -> Sequences:
-        """Leave-one-out: users with three or more events lose their last two, users with two keep both."""
-        lengths = self.sequences.lengths
-        return self.sequences.slice_each(np.zeros_like(lengths), np.where(lengths >= 3, lengths - 2, lengths))
+    @cached_property
+    def is_cold(self) -> npt.NDArray[np.bool_]:
+        """Which items are cold, (N,)."""
+        is_cold = np.zeros(self.num_items, np.bool_)
+        is_cold[self.cold_items] = True
+        return is_cold
 
-    def evaluation(self, split: Literal["validation", "test"]) -> EvaluationSplit:
-        """The event before last (validation) or the last (test) of each user with at least three, with its history."""
-        held_out = {"validation": 2, "test": 1}[split]
+    def train(self) -> Sequences:
+        """Leave-one-out: users with three or more events lose their last two, users with two keep both.
+
+        With cold items their events are left out, and users who have no other ones.
+        """
+        lengths = self.sequences.lengths
+        train = self.sequences.slice_each(np.zeros_like(lengths), np.where(lengths >= 3, lengths - 2, lengths))
+        if not len(self.cold_items):
+            return train
+        warm = self._without_cold(train)
+        return warm.select(np.flatnonzero(warm.lengths))
+
+    def evaluation(self, split: SplitName) -> EvaluationSplit:
+        """The event before last (validation) or the last (test, cold) of each user with at least three, with a history.
+
+        The targets of the cold split are the cold items, and those of the other two the rest. Cold items are in no
+        history, and a user for whom nothing else is left is in no split.
+        """
+        held_out = {"validation": 2, "test": 1, "cold": 1}[split]
         users = np.flatnonzero(self.sequences.lengths >= 3)
         targets = self.sequences.items[self.sequences.offsets[1:][users] - held_out]
-        return EvaluationSplit(users, self.sequences.select(users).without_last(held_out), targets)
+        histories = self.sequences.select(users).without_last(held_out)
+        if not len(self.cold_items) and split != "cold":
+            return EvaluationSplit(users, histories, targets)
+        histories = self._without_cold(histories)
+        rows = np.flatnonzero((self.is_cold[targets] == (split == "cold")) & (histories.lengths > 0))
+        return EvaluationSplit(users[rows], histories.select(rows), targets[rows])
+
+    def _without_cold(self, sequences: Sequences) -> Sequences:
+        return sequences.where(~self.is_cold[sequences.items])
 
     def save(self, path: Path) -> None:
         """Write `items.parquet`, `users.parquet` and `events.parquet` into the folder, each whole or not at all."""
         path.mkdir(parents=True, exist_ok=True)
         texts = [json.dumps(attributes, ensure_ascii=False) for attributes in self.attributes]
         items = {"item_id": self.item_ids, "title": self.titles, "categories": self.categories, "attributes": texts}
-        _write(path / "items.parquet", pl.DataFrame(items, schema=_ITEMS_SCHEMA).write_parquet)
+        catalogue = pl.DataFrame(items, schema=_ITEMS_SCHEMA)
+        if len(self.cold_items):
+            catalogue = catalogue.with_columns(is_cold=pl.Series(self.is_cold))
+        _write(path / "items.parquet", catalogue.write_parquet)
         users = {"user_id": self.user_ids, "num_events": self.sequences.lengths}
         _write(path / "users.parquet", pl.DataFrame(users, schema=_USERS_SCHEMA).write_parquet)
         types = pl.Series(EVENT_TYPES).gather(self.event_types)
@@ -160,6 +201,7 @@ class Dataset:
             sequences=Sequences(_offsets(users["num_events"].to_numpy()), events["item"].to_numpy().astype(np.int32)),
             timestamps=events["timestamp"].to_numpy(),
             event_types=events["event_type"].cast(pl.Enum(EVENT_TYPES)).to_physical().to_numpy().astype(np.uint8),
+            cold_items=np.flatnonzero(items["is_cold"]) if "is_cold" in items.columns else np.empty(0, np.int64),
         )
 
 
@@ -196,6 +238,8 @@ def run(config: DataConfig, data_dir: Path, folder: StageFolder) -> DataSummary:
         dataset = _ordered(catalogue, interactions.user_ids, core, config.seed)
         if not dataset.num_users:
             raise StageError(_nothing_left(data_dir, config, len(events), problems))
+        if config.cold_share:
+            dataset = _with_cold_items(dataset, config)
         summary = _summarise(dataset, interactions, events, problems)
         bar.advance()
         bar.note("writing")
@@ -791,7 +835,50 @@ def _summarise(dataset: Dataset, interactions: Interactions, events: Events, pro
             events=len(events) - len(items),
         ),
         skipped_rows=problems.counts(),
+        cold_items=len(dataset.cold_items),
+        cold_events=int(dataset.is_cold[items].sum()),
+        cold_users=len(dataset.evaluation("cold").targets),
     )
+
+
+def _with_cold_items(dataset: Dataset, config: DataConfig) -> Dataset:
+    """The same with `cold_share` of the items that have events as cold ones.
+
+    They are drawn, each as likely as another, from those that are some user's test target: the others would hold
+    events back from training and have nobody to be evaluated on.
+    """
+    share, num_with_events = config.cold_share, _num_distinct(dataset.sequences.items)
+    candidates = np.unique(dataset.evaluation("test").targets)
+    count = round(share * num_with_events)
+    if not count:
+        raise StageError(
+            f"data.cold_share={share} of {num_with_events:,} items with events is no item: raise it to at least "
+            f"{1 / num_with_events:.6f}, or set 0 for no cold items"
+        )
+    if count > len(candidates):
+        raise StageError(
+            f"data.cold_share={share} of {num_with_events:,} items with events is {count:,}, and only "
+            f"{len(candidates):,} are the last event of a user with at least three: lower it to at most "
+            f"{len(candidates) / num_with_events:.6f}"
+        )
+    drawn = np.random.default_rng((config.seed, 3)).choice(candidates, count, replace=False)
+    dataset = replace(dataset, cold_items=np.sort(drawn).astype(np.int64))
+    _refuse_too_cold(dataset, config)
+    return dataset
+
+
+def _refuse_too_cold(dataset: Dataset, config: DataConfig) -> None:
+    left = {
+        "training sequence of two events": int((dataset.train().lengths >= 2).sum()),
+        "user with a validation target": len(dataset.evaluation("validation").targets),
+        "user with a test target": len(dataset.evaluation("test").targets),
+        "cold user, whose last event is a cold item after events of others": len(dataset.evaluation("cold").targets),
+    }
+    if missing := [what for what, count in left.items() if not count]:
+        raise StageError(
+            f"data.cold_share={config.cold_share} holds {len(dataset.cold_items):,} items out of training and leaves "
+            f"no {', no '.join(missing)}: lower it, or give more interactions"
+        )
 
 
 def _num_distinct(codes: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> int:

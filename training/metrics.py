@@ -38,6 +38,11 @@ class RankingMetrics:
             for name, values in (("recall", self.recall), ("ndcg", self.ndcg))
         }
 
+    def select(self, users: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "RankingMetrics":
+        """Of these users."""
+        of_users = [{cutoff: of[cutoff][users] for cutoff in CUTOFFS} for of in (self.recall, self.ndcg)]
+        return RankingMetrics(*of_users)
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -138,6 +143,33 @@ def metrics_of_ranks(ranks: npt.NDArray[np.int64]) -> RankingMetrics:
         recall={cutoff: (ranks < cutoff).astype(np.float64) for cutoff in CUTOFFS},
         ndcg={cutoff: np.where(ranks < cutoff, gains, 0.0) for cutoff in CUTOFFS},
     )
+
+
+def prefix_recall(
+    paths: npt.NDArray[np.int64], lists: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
+) -> list[float]:
+    """How often some item of a user's list shares the first 1, 2, … L nodes of the target's path; L shares of users.
+
+    `paths` (N, L): each item's node at each level, which says all of its prefix; `lists` (U, k), NO_ITEM where shorter.
+    """
+    is_item = lists != NO_ITEM
+    return [
+        float(((nodes[lists] == nodes[targets][:, None]) & is_item).any(axis=1).mean())
+        for nodes in np.ascontiguousarray(paths.T)
+    ]
+
+
+def chance_prefix_recall(paths: npt.NDArray[np.int64], length: int, targets: npt.NDArray[np.int32]) -> list[float]:
+    """What `prefix_recall` is on average for lists of `length` different items drawn from all N."""
+    num_items = len(paths)
+    drawn = np.arange(min(length, num_items))
+    expected = []
+    for nodes in paths.T:
+        sharing = np.unique(nodes, return_inverse=True, return_counts=True)
+        num_sharing = sharing[2][sharing[1]][targets]  # (U,)
+        missed = np.clip(num_items - drawn - num_sharing[:, None], 0, None) / (num_items - drawn)
+        expected.append(float(1 - missed.prod(axis=1).mean()))
+    return expected
 
 
 def paired_bootstrap(a: FloatArray, b: FloatArray, *, samples: int = 2000, seed: int) -> Interval:

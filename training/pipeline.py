@@ -8,7 +8,7 @@ those that depend on it, and nothing else.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from training.publish import PublishConfig
 from training.sequences import Sequences
 from training.sft import SftConfig
 from training.stage import StageConfig, StageError, StageFolder, Summary, write_atomically
+from training.text_similarity import TextSimilarity
 from training.tokenizer import stage as tokenizer
 from training.tokenizer.config import TokenizerConfig
 from training.tokenizer.stage import TokenizedCatalog
@@ -111,13 +112,15 @@ class Pipeline:
 
     def run(self, until: StageName = "publish") -> dict[StageName, Summary]:
         """Run what is missing, up to and with `until` and only what it needs; the summaries, old or new."""
+        needed = self._with_upstream(until)
+        if "evaluate" in needed and self.config.evaluate.split == "cold" and not self.config.data.cold_share:
+            raise StageError("evaluate.split=cold has nobody to evaluate with data.cold_share=0: set it, as to 0.05")
         try:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StageError(f"the run folder {self._out} cannot be made ({error.strerror}): give another") from error
         resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self._out / RESOLVED_CONFIG, resolved.encode())
-        needed = self._with_upstream(until)
         for name in STAGES:
             if name in needed:
                 self._summaries[name] = self._run_stage(name)
@@ -146,6 +149,8 @@ class Pipeline:
             return (*_STAGES[name].upstream, "collaborative")
         if name == "sft" and self.config.sft.learns_from_more:
             return (*_STAGES[name].upstream, "vectors", "collaborative")
+        if name == "evaluate" and self.config.evaluate.split == "cold":
+            return (*_STAGES[name].upstream, "vectors")
         return _STAGES[name].upstream
 
     def _with_upstream(self, name: StageName) -> set[StageName]:
@@ -205,7 +210,8 @@ class Pipeline:
         to_ranks, rank_of_item = self._tokenized.to_ranks, self._tokenized.rank_of_item
         validation = sft.TargetSplit(to_ranks(held_out.histories), rank_of_item[held_out.targets])
         teaching = self._teaching(to_ranks(self._train))
-        return sft.run(self.config.sft, self._tokenized.catalog, to_ranks(self._train), validation, folder, teaching)
+        catalog = self._tokenized.catalog_without(self._dataset.cold_items)
+        return sft.run(self.config.sft, catalog, to_ranks(self._train), validation, folder, teaching)
 
     def _teaching(self, train: Sequences) -> sft.Teaching:
         """What the settings want learnt beside the sequences `train`, which are catalogue ranks."""
@@ -213,26 +219,35 @@ class Pipeline:
         known = lists = continuations = None
         if config.item_memory:
             text, _ = item_vectors.load_vectors(self._out / "vectors")
-            of_items = KnownItems.of(text, np.load(path / collaborative.ITEM_VECTORS_FILE))
+            learnt = np.load(path / collaborative.ITEM_VECTORS_FILE)
+            learnt[self._dataset.cold_items] = 0  # as wrong answers they have a vector too
+            of_items = KnownItems.of(text, learnt)
             known = of_items.select(np.argsort(self._tokenized.rank_of_item))
         if config.distillation:
             lists = leave_one_out_knn(train, self._dataset.num_items, self.config.collaborative)
         if config.continuations:
+            sasrec = collaborative.load_sasrec(path / collaborative.SASREC_FILE)
+            sasrec.never_next = self._dataset.cold_items
             continuations = sample_continuations(
                 self._train,
-                self._baselines.sasrec,
+                sasrec,
                 self._baselines.item_knn,
                 count=config.continuations,
                 max_events=config.max_history + 1,
                 seed=config.seed,
             ).renamed(self._tokenized.rank_of_item)
-        return sft.Teaching(known, lists, continuations)
+        codebooks = self._tokenized.quantizer.codebooks if config.step_clusters else None
+        return sft.Teaching(known, lists, continuations, codebooks)
 
     def make_evaluate(self, folder: StageFolder) -> Summary:
         """Metrics beside the baselines'."""
         ranker = evaluation.GenerativeRanker(self._model, self._tokenized.catalog)
         split = self._dataset.evaluation(self.config.evaluate.split)
-        return evaluation.run(self.config.evaluate, ranker, self._baselines, split, self._tokenized, folder)
+        baselines = self._baselines
+        if self.config.evaluate.split == "cold":
+            text, _ = item_vectors.load_vectors(self._out / "vectors")
+            baselines = replace(baselines, text=TextSimilarity(text))
+        return evaluation.run(self.config.evaluate, ranker, baselines, split, self._tokenized, folder)
 
     def make_publish(self, folder: StageFolder) -> Summary:
         """The bundle."""

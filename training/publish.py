@@ -72,7 +72,7 @@ def try_out(bundle: Bundle) -> None:
     items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     unseen = ItemFilter.of(len(bundle.catalog), deny=history)
     state = decoder.prefill([bundle.renderer.render(items).token_ids])
-    answer = constrained_beam(decoder, bundle.catalog.trie, state, [unseen], [10])[0]
+    answer = constrained_beam(decoder, bundle.catalog.trie, state, [unseen], [10], forced=bundle.renderer.forced)[0]
     expected = min(10, unseen.num_eligible)
     if len(answer.ranks) < expected or np.isin(answer.ranks, history).any() or not np.isfinite(answer.scores).all():
         raise BundleError(f"bundle {bundle.bundle_id} answered its first request with {answer}: it is not served")

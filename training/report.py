@@ -17,7 +17,13 @@ from training.tokenizer.stage import TokenizerSummary
 if TYPE_CHECKING:
     from training.pipeline import StageName
 
-_BASELINE_TITLES = {"popularity": "popularity", "item_knn": "item-kNN", "sasrec": "SASRec"}
+_BASELINE_TITLES = {"popularity": "popularity", "item_knn": "item-kNN", "sasrec": "SASRec", "text": "text"}
+_SLICE_TITLES = {
+    "history_1_to_4": "history of up to 4",
+    "history_5_to_9": "history of 5 to 9",
+    "history_10_or_more": "history of 10 and more",
+    "target_id_below_previous": "target's id below the previous one's",
+}
 
 
 def summary_table(title: str, content: dict[str, Any]) -> Table:
@@ -68,12 +74,22 @@ def show_results(summaries: dict["StageName", Summary], console: Console) -> Non
         f"{evaluated.ndcg_10:.4f}",
         f"(95 % interval of its own: {low:.4f} to {high:.4f})",
     )
-    for name, title in _BASELINE_TITLES.items():
+    titles = {name: title for name, title in _BASELINE_TITLES.items() if name in evaluated.baselines}
+    for name, title in titles.items():
         row: RankingRow = evaluated.baselines[name]
         difference = evaluated.difference_recall_10[name]
         interval = f"{difference.difference:+.4f}  (95 %: {difference.low:+.4f} to {difference.high:+.4f})"
         ranking.add_row(title, f"{row.recall_10:.4f}", f"{row.ndcg_10:.4f}", interval)
     console.print(ranking)
+    if not evaluated.slices:  # evaluated before there were any
+        return
+    slices = Table(
+        "", "users", "this model", *titles.values(), title="Recall@10 of some of the users", title_justify="left"
+    )
+    for name, part in evaluated.slices.items():
+        rows = (part.model, *(part.baselines[baseline] for baseline in titles))
+        slices.add_row(_SLICE_TITLES[name], f"{part.num_users:,}", *(f"{row.recall_10:.4f}" for row in rows))
+    console.print(slices)
 
 
 def comparison_table(comparison: Comparison) -> Table:

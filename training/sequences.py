@@ -47,6 +47,11 @@ class Sequences:
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         return Sequences(offsets, self.items[np.repeat(self.offsets[:-1] + start, lengths) + within])
 
+    def where(self, is_kept: npt.NDArray[np.bool_]) -> "Sequences":
+        """Of each sequence only the events that are kept, by a mask beside `items`, (events,)."""
+        kept_before = np.concatenate(([0], np.cumsum(is_kept))).astype(np.int64)
+        return Sequences(kept_before[self.offsets], self.items[is_kept])
+
     def select(self, users: npt.NDArray[np.int64]) -> "Sequences":
         """The sequences of these users, in this order."""
         lengths = self.lengths[users]

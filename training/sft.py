@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,7 @@ from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
     COMPACT_VERSION,
+    STEPWISE_VERSION,
     THINKING_VERSION,
     HistoryItem,
     PromptRenderer,
@@ -48,6 +49,7 @@ from training.legal_softmax import child_log_probs
 from training.moving_average import MovingAverage
 from training.sequences import Sequences
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+from training.stepwise import GlobalInterest, StepClusters, Tree, with_branches
 
 if TYPE_CHECKING:  # transformers takes seconds to load, and a finished pipeline needs none of it
     from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
@@ -62,6 +64,10 @@ _BATCHES_PER_BUCKET = 20  # rows of like length share a batch; lengths are compa
 
 class SftConfig(StageConfig):
     """The model and how it is trained."""
+
+    added_later = frozenset(
+        {"continuations", "moving_average", "steps", "step_clusters", "step_clusters_shuffled", "global_interest"}
+    )
 
     base_model: str | None = Field(
         None, description="a checkpoint's folder, a hub name or smollm2-135m; absent: from scratch"
@@ -84,6 +90,16 @@ class SftConfig(StageConfig):
     )
     moving_average: float = Field(
         0.0, ge=0, lt=1, description="decay a step of the weights' average, which is then what is validated and kept"
+    )
+    steps: tuple[int, ...] = Field(
+        (), description="S²GR's thinking steps before each code, such as [1,1,1] or [3,0,0]; from scratch only"
+    )
+    step_clusters: int = Field(
+        0, ge=0, description="clusters of a level's codes that its step learns to tell apart; 0: steps are mere pauses"
+    )
+    step_clusters_shuffled: bool = Field(False, description="control: clusters that mean nothing")
+    global_interest: float = Field(
+        0.0, ge=0, description="weight of the first step's nearness to what a light decoder expects (λ); 0: none"
     )
     thinking: bool = Field(False, description="prompts with a think block, empty in this stage; for base_model only")
     batch_size: PositiveInt = 32
@@ -111,6 +127,17 @@ class SftConfig(StageConfig):
         if item_memory and others.data.get("base_model") is not None:
             raise ValueError("a base model brings its tables with it: leave sft.item_memory or sft.base_model out")
         return item_memory
+
+    @field_validator("steps", "step_clusters", "global_interest")
+    @classmethod
+    def _steps_are_learnt_from_scratch(
+        cls, value: tuple[int, ...] | float, others: ValidationInfo
+    ) -> tuple[int, ...] | float:
+        if value and others.data.get("base_model") is not None:
+            raise ValueError("thinking steps are for models from scratch: leave it or sft.base_model out")
+        if value and others.field_name == "global_interest" and not any(others.data.get("steps", ())[:1]):
+            raise ValueError("the general interest is what the step before the first code learns: give sft.steps too")
+        return value
 
     @field_validator("thinking")
     @classmethod
@@ -168,6 +195,7 @@ class Teaching:
     known: KnownItems | None = None  # item_memory
     lists: TeacherLists | None = None  # distillation: one for each event of the training sequences
     continuations: Continuations | None = None
+    codebooks: npt.NDArray[np.float32] | None = None  # step_clusters: (L, K, d) of the quantiser
 
 
 NOTHING_ELSE = Teaching()
@@ -195,7 +223,7 @@ def run(
     examples = Examples(catalog, vocabulary, renderer)
     numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
     batches_per_epoch = len(list(epoch_batches(train, config, epoch=0)))
-    learner = _Learner(config, model, examples, total_steps=batches_per_epoch * config.max_epochs)
+    learner = _Learner(config, model, examples, teaching, total_steps=batches_per_epoch * config.max_epochs)
     state = learner.load(folder.path / CHECKPOINT)
     progress = state.extra if state else {"best": -math.inf, "best_epoch": 0, "train": 0.0, "tokens": 0, "seconds": 0.0}
     epoch = state.step if state else 0
@@ -243,17 +271,22 @@ def run(
 class _Learner:
     """A model and all that changes it, step by step."""
 
-    def __init__(self, config: SftConfig, model: "PreTrainedModel", examples: "Examples", total_steps: int) -> None:
+    def __init__(
+        self, config: SftConfig, model: "PreTrainedModel", examples: "Examples", teaching: Teaching, total_steps: int
+    ) -> None:
         self._config = config
         self._model = model
         self._examples = examples
+        self._supervision = _Supervision.of(config, model, examples, teaching)
+        self._trained = model if self._supervision is None else nn.ModuleList([model, self._supervision])
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.98)
+            _parameter_groups(self._trained, config), lr=config.learning_rate, betas=(0.9, 0.98)
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
         )
-        self._average = MovingAverage(model.parameters(), config.moving_average) if config.moving_average else None
+        parameters = self._trained.parameters()
+        self._average = MovingAverage(parameters, config.moving_average) if config.moving_average else None
 
     def step(self, batch: "Batch", lists: TeacherLists | None, lesson: "tuple[Batch, TeacherLists] | None") -> float:
         """Learn from a batch, its teacher's lists and a lesson; the batch's mean loss.
@@ -261,15 +294,22 @@ class _Learner:
         A loss that is no number changes nothing.
         """
         self._optimizer.zero_grad()
-        log_likelihood, expected = self._log_likelihoods(batch, lists)
-        loss = -log_likelihood.mean()
-        if not math.isfinite(loss.item()):
-            return loss.item()
-        torch.autograd.backward(torch.lerp(loss, -expected.mean(), self._config.distillation))
-        if lesson is not None:
-            _, expected = self._log_likelihoods(*lesson)
-            torch.autograd.backward(-expected.mean())
-        nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
+        _bake(self._model)
+        with self._autocast():
+            hidden = hidden_states(self._model, batch)
+            log_likelihood, expected = self._log_likelihoods(hidden, batch, lists)
+            loss = -log_likelihood.mean()
+            if not math.isfinite(loss.item()):
+                return loss.item()
+            total = torch.lerp(loss, -expected.mean(), self._config.distillation)
+            if self._supervision is not None:
+                total = total + self._supervision(self._model, self._examples, hidden, batch)
+            if lesson is not None:
+                batch, lists = lesson
+                _, expected = self._log_likelihoods(hidden_states(self._model, batch), batch, lists)
+                total = total - expected.mean()
+        torch.autograd.backward(total)
+        nn.utils.clip_grad_norm_(self._trained.parameters(), self._config.max_grad_norm)
         self._optimizer.step()
         self._schedule.step()
         if self._average is not None:
@@ -285,7 +325,7 @@ class _Learner:
         average = {"moving_average": self._average.state()} if self._average is not None else {}
         save_checkpoint(
             path,
-            model=self._model,
+            model=self._trained,
             optimizer=self._optimizer,
             scheduler=self._schedule,
             step=epoch,
@@ -294,15 +334,66 @@ class _Learner:
 
     def load(self, path: Path) -> Checkpoint | None:
         """Go on from a checkpoint, if there is one."""
-        state = load_checkpoint(path, model=self._model, optimizer=self._optimizer, scheduler=self._schedule)
+        state = load_checkpoint(path, model=self._trained, optimizer=self._optimizer, scheduler=self._schedule)
         if state is not None and self._average is not None:
             self._average.load_state(state.extra.pop("moving_average"))
         return state
 
-    def _log_likelihoods(self, batch: "Batch", lists: TeacherLists | None) -> tuple[Tensor, Tensor]:
-        catalog, vocabulary = self._examples.catalog, self._examples.vocabulary
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.dtype == "bfloat16"):
-            return log_likelihoods(self._model, catalog, vocabulary, batch, lists)
+    def _autocast(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = torch.autocast(
+            "cpu", torch.bfloat16, enabled=self._config.dtype == "bfloat16"
+        )
+        return context
+
+    def _log_likelihoods(self, hidden: Tensor, batch: "Batch", lists: TeacherLists | None) -> tuple[Tensor, Tensor]:
+        return scores_of_targets(hidden, self._model, self._examples.catalog, self._examples.vocabulary, batch, lists)
+
+
+class _Supervision(nn.Module):
+    """The losses of thinking steps, beside that of the codes."""
+
+    def __init__(self, clusters: StepClusters | None, interest: GlobalInterest | None) -> None:
+        super().__init__()
+        self.clusters, self.interest = clusters, interest
+
+    @classmethod
+    def of(
+        cls, config: SftConfig, model: "PreTrainedModel", examples: "Examples", teaching: Teaching
+    ) -> "_Supervision | None":
+        """What the settings ask for; None if that is nothing."""
+        clusters = None
+        if config.step_clusters and teaching.codebooks is not None:
+            clusters = StepClusters(
+                np.asarray(teaching.codebooks),
+                examples.catalog.codes,
+                config.step_clusters,
+                config.steps,
+                config.hidden_size,
+                is_shuffled=config.step_clusters_shuffled,
+                seed=config.seed,
+            )
+        interest = GlobalInterest(model, config.global_interest) if config.global_interest else None
+        return None if clusters is None and interest is None else cls(clusters, interest)
+
+    def forward(self, model: "PreTrainedModel", examples: "Examples", hidden: Tensor, batch: "Batch") -> Tensor:
+        """What is to be added to the loss of a batch whose outputs are `hidden` (B, T, D)."""
+        before_codes = hidden[batch.rows[:, None], batch.positions]  # (items, L, D)
+        codes = torch.from_numpy(examples.catalog.codes[batch.ranks].astype(np.int64))
+        losses = [] if self.clusters is None else [self.clusters(before_codes, codes)]
+        if self.interest is not None:
+            backbone = batch.token_ids[:, : batch.tree.num_backbone] if batch.tree is not None else batch.token_ids
+            tokens = torch.from_numpy(examples.vocabulary.token_ids(examples.catalog.codes[batch.ranks]))
+            losses.append(
+                self.interest(
+                    _embed(model, backbone),
+                    batch.rows,
+                    batch.anchors,
+                    before_codes[:, 0],
+                    _embed(model, tokens).mean(dim=1),
+                    torch.from_numpy(batch.ranks),
+                )
+            )
+        return torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)
@@ -313,11 +404,19 @@ class Batch:
     ranks: npt.NDArray[np.int64]  # (items,) catalogue rank of each target item
     positions: Tensor  # (items, L): positions whose output predicts each code
     rows: Tensor  # (items,)
+    anchors: Tensor  # (items,) the last token of what comes before each target
+    tree: Tree | None = None  # where targets are branches
 
     def where(self, is_target: npt.NDArray[np.bool_]) -> "Batch":
         """The same rows, of whose target items (items,) only these are targets."""
         kept = torch.from_numpy(is_target)
-        return Batch(self.token_ids, self.ranks[is_target], self.positions[kept], self.rows[kept])
+        return replace(
+            self,
+            ranks=self.ranks[is_target],
+            positions=self.positions[kept],
+            rows=self.rows[kept],
+            anchors=self.anchors[kept],
+        )
 
 
 class Examples:
@@ -334,7 +433,7 @@ class Examples:
         rows = [self.renderer.training_row([self._items[rank] for rank in window]) for window in windows]
         num_levels = self.vocabulary.space.num_levels
         places = [np.flatnonzero(row.levels >= 0).reshape(-1, num_levels) for row in rows]
-        return _batch([row.token_ids for row in rows], places, list(windows))
+        return self._with_steps(_batch([row.token_ids for row in rows], places, list(windows)))
 
     def batch_of_last(self, windows: Sequences) -> Batch:
         """Only the last item of each window is a target, after the very prompt that serving makes of the others."""
@@ -344,7 +443,17 @@ class Examples:
             target = self.vocabulary.token_ids(self.catalog.codes[window[-1]])
             token_ids.append(np.concatenate((prompt, target)))
             places.append(len(prompt) + np.arange(len(target))[None])
-        return _batch(token_ids, places, [window[-1:] for window in windows])
+        return self._with_steps(_batch(token_ids, places, [window[-1:] for window in windows]))
+
+    def _with_steps(self, plain: Batch) -> Batch:
+        """The same targets, each behind its thinking steps, where prompts have any."""
+        if not self.renderer.forced:
+            return plain
+        targets = self.vocabulary.token_ids(self.catalog.codes[plain.ranks])
+        branches = with_branches(
+            plain.token_ids, plain.rows.numpy(), plain.anchors.numpy(), targets, self.renderer.forced
+        )
+        return replace(plain, token_ids=branches.token_ids, positions=branches.positions, tree=branches.tree)
 
 
 def _lessons(
@@ -375,10 +484,12 @@ def _batch(token_ids: list[TokenIds], places: list[npt.NDArray[np.int64]], ranks
     padded = np.full((len(token_ids), max(map(len, token_ids))), _PAD_TOKEN_ID)
     for number, row in enumerate(token_ids):
         padded[number, : len(row)] = row
+    positions = torch.from_numpy(np.concatenate(places) - 1)  # the output before predicts
     return Batch(
         token_ids=torch.from_numpy(padded),
         ranks=np.concatenate(ranks).astype(np.int64),
-        positions=torch.from_numpy(np.concatenate(places) - 1),  # the output before predicts
+        positions=positions,
+        anchors=positions[:, 0],
         rows=torch.from_numpy(np.repeat(np.arange(len(places)), [len(place) for place in places])),
     )
 
@@ -396,9 +507,33 @@ def log_likelihoods(
     teacher: TeacherLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score of each target item, (items,), and of what the teacher expects along its path; 0 without a teacher."""
+    return scores_of_targets(hidden_states(model, batch), model, catalog, vocabulary, batch, teacher)
+
+
+def hidden_states(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """The model's outputs over a batch's rows, (B, T, D), with the tables as they were baked last (`_bake`)."""
+    tree = batch.tree
+    seen = {} if tree is None else {"attention_mask": tree.visible[:, None], "position_ids": tree.position_ids}
+    output = model.base_model(inputs_embeds=_embed(model, batch.token_ids), use_cache=False, **seen)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _bake(model: "PreTrainedModel") -> None:
+    """Make tables that come from an item memory what its parameters are now; those of others need nothing."""
     if (memory := memory_of(model)) is not None:
         memory.bake(model)
-    hidden = model.base_model(inputs_embeds=_embed(model, batch.token_ids), use_cache=False).last_hidden_state
+
+
+def scores_of_targets(
+    hidden: Tensor,
+    model: "PreTrainedModel",
+    catalog: Catalog,
+    vocabulary: SidVocabulary,
+    batch: Batch,
+    teacher: TeacherLists | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `log_likelihoods`, of outputs (B, T, D) that are there already."""
     path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
     all_paths = catalog.trie.path_of_rank(np.arange(len(catalog))) if teacher is not None else path  # (N, L)
     total, expected = torch.zeros(len(path)), torch.zeros(len(path))
@@ -427,6 +562,7 @@ def mean_target_log_likelihood(
 ) -> float:
     """Mean score of the split's targets after the prompts that serving would make."""
     model.train(False)
+    _bake(model)
     windows = prompt_windows(split.histories, split.targets, examples.renderer.spec.max_history)
     total = 0.0
     for users in np.array_split(
@@ -493,11 +629,10 @@ def build_model(
             if known is None:
                 raise StageError("sft.item_memory=true needs what is known of the items, and nothing was given")
             ItemMemory(catalog, vocabulary, known, config.hidden_size).install(model)
-        return (
-            model,
-            vocabulary,
-            make_renderer(PromptSpec(version=COMPACT_VERSION, max_history=config.max_history), vocabulary),
-        )
+        version = STEPWISE_VERSION if any(config.steps) else COMPACT_VERSION
+        steps = config.steps if any(config.steps) else ()
+        spec = PromptSpec(version=version, max_history=config.max_history, steps=steps)
+        return model, vocabulary, make_renderer(spec, vocabulary)
     extended = extend_pretrained(config.base_model, catalog.space, config.seed)
     extended.tokenizer.save_pretrained(folder / MODEL)
     version = THINKING_VERSION if config.thinking else CHAT_VERSION
@@ -517,7 +652,7 @@ def _fresh_config(config: SftConfig, vocabulary: SidVocabulary) -> "LlamaConfig 
     if config.hidden_size % config.num_heads:
         raise StageError(f"sft.hidden_size={config.hidden_size} is not a multiple of sft.num_heads={config.num_heads}")
     kind = LlamaConfig if config.architecture == "llama" else Qwen3Config
-    longest = 1 + (config.max_history + 1) * vocabulary.space.num_levels
+    longest = 1 + (config.max_history + 1) * vocabulary.space.num_levels + sum(config.steps)
     return kind(
         vocab_size=vocabulary.vocab_size,
         hidden_size=config.hidden_size,
@@ -553,7 +688,7 @@ def _embed(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
     return embedded
 
 
-def _parameter_groups(model: "PreTrainedModel", config: SftConfig) -> list[dict[str, object]]:
+def _parameter_groups(model: nn.Module, config: SftConfig) -> list[dict[str, object]]:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -564,6 +699,8 @@ def _require_inputs(config: SftConfig, validation: TargetSplit, teaching: Teachi
         raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
     if config.distillation and teaching.lists is None:
         raise StageError(f"sft.distillation={config.distillation} needs a teacher's lists, and nothing was given")
+    if config.step_clusters and teaching.codebooks is None:
+        raise StageError(f"sft.step_clusters={config.step_clusters} needs the codebooks, and nothing was given")
     if config.continuations and teaching.continuations is None:
         raise StageError(f"sft.continuations={config.continuations} needs continued sequences, and nothing was given")
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -43,9 +43,14 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    """Settings that once did not exist: at their defaults they change nothing, and what was made before still holds."""
+
     def identity(self) -> dict[str, Any]:
         """What decides the result: everything but how many threads compute it."""
-        return self.model_dump(mode="json", exclude={"threads"})
+        fields = type(self).model_fields
+        unused = {name for name in self.added_later if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude={"threads", *unused})
 
 
 class Summary(BaseModel):

@@ -70,9 +70,14 @@ ThoughtEnd: TypeAlias = Literal["closed", "token_budget", "time_budget"]
 """Why a thought ended: by the model itself, or by which of its budgets."""
 
 
-def sid_program(space: SidSpace) -> StepProgram:
-    """The plain program: the L codes, one after the other."""
-    return tuple(Code(level) for level in range(space.num_levels))
+def sid_program(space: SidSpace, forced: Sequence[Sequence[int]] = ()) -> StepProgram:
+    """The L codes, one after the other, each behind what its prompt forces there (`PromptRenderer.forced`)."""
+    program: list[Forced | Code] = []
+    for level in range(space.num_levels):
+        if level < len(forced) and forced[level]:
+            program.append(Forced(tuple(forced[level])))
+        program.append(Code(level))
+    return tuple(program)
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,7 @@ async def canary(decode: Callable[[DecodeRequest], Awaitable[DecodeResult]], bun
     """Decode one request for the likeliest item; `EngineError` unless a finite score comes back."""
     catalog = bundle.catalog
     prompt = bundle.renderer.render([]).token_ids
-    answer = await decode(
-        DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, sid_program(catalog.space), bundle.catalog_id)
-    )
+    program = sid_program(catalog.space, bundle.renderer.forced)
+    answer = await decode(DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, program, bundle.catalog_id))
     if len(answer.ranks) == 0 or not np.isfinite(answer.scores).all():
         raise EngineError(f"bundle {bundle.bundle_id}: the canary request was answered with {answer}")

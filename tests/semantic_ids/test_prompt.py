@@ -237,7 +237,7 @@ def test_every_prompt_version_has_its_renderer():
 
 
 def test_an_unknown_version_is_refused_with_the_known_ones():
-    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2, 3\]"):
+    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2, 3, 4\]"):
         make_renderer(PromptSpec(version=99, max_history=5), COMPACT_VOCABULARY)
 
 

@@ -40,7 +40,7 @@ def test_the_module_is_the_command_and_a_mistake_is_one_message_without_a_traceb
         (["sft.max_epochs"], "'sft.max_epochs' is not KEY=VALUE, such as sft.max_epochs=5"),
         (["=5"], "override '': write stage.key=value"),
         (["sft.max_epochs=[1"], "override sft.max_epochs='[1' is not a value"),
-        (["--config", "no-such.yaml"], "name one of default, demo, or a YAML file"),
+        (["--config", "no-such.yaml"], "name one of best, default, demo, or a YAML file"),
         (["sft.hidden_size=32", "sft.num_heads=5"], "sft.hidden_size=32 is not a multiple of sft.num_heads=5"),
     ],
 )

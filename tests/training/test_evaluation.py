@@ -22,8 +22,9 @@ from training.evaluation import (
     RankedLists,
     load_users,
     run,
+    slices_of,
 )
-from training.metrics import metrics_of_ranks, rank_of_a_miss
+from training.metrics import chance_prefix_recall, metrics_of_ranks, prefix_recall, rank_of_a_miss
 from training.sequences import Sequences
 from training.sft import MODEL, SPEC, Examples, SftConfig, TrainedModel, build_model, item_log_likelihood
 from training.stage import StageError, StageFolder
@@ -234,6 +235,59 @@ def test_a_run_puts_the_baselines_beside_the_model_on_the_same_targets(small, tm
     assert difference.low <= difference.difference <= difference.high
     assert (summary.num_users, summary.num_items, summary.split, summary.width) == (3, 40, "test", 50)
     assert EvaluationSummary.model_validate(folder.finished()) == summary
+
+
+def test_users_are_sliced_by_history_and_by_the_order_of_ids(small):
+    """Ids are sorted as text: "item 10" is below "item 2"."""
+    histories = [[3, 2], [7] * 4, [1] * 5, [1] * 9, [9, *[2] * 9], [4] * 30]
+    targets = np.array([10, 8, 1, 0, 1, 5], np.int32)
+    slices = slices_of(Sequences.of(histories), targets, small.catalog)
+    assert {name: np.flatnonzero(users).tolist() for name, users in slices.items()} == {
+        "history_1_to_4": [0, 1],
+        "history_5_to_9": [2, 3],
+        "history_10_or_more": [4, 5],
+        "target_id_below_previous": [0, 3, 4],
+    }
+
+
+def test_a_slice_has_the_rows_of_its_users_and_an_empty_one_is_absent(small, tmp_path):
+    """Everybody has five to nine events; popularity ranks item 39 first, then 38, …"""
+    split = Split(Sequences.of([list(range(5)), list(range(5, 14)), list(range(6))]), np.array([39, 3, 30], np.int32))
+    config = EvaluationConfig(threads=1, bootstrap_samples=10)
+    folder = StageFolder(tmp_path / "evaluate", config, {})
+    summary = run(config, small.ranker, baselines_of(40), split, small.tokenized, folder)
+    assert {name: part.num_users for name, part in summary.slices.items()} == {
+        "history_5_to_9": 3,
+        "target_id_below_previous": 2,  # "item 39" and "item 30" are below "item 4" and "item 5"
+    }
+    everybody, below = summary.slices.values()
+    assert everybody.model.model_dump().items() <= summary.model_dump().items()
+    assert everybody.baselines == summary.baselines
+    lists = rank_all(small, split)
+    assert below.model.model_dump() == metrics_of_ranks(lists.masked_ranks[[0, 2]]).means()
+    popularity = below.baselines["popularity"]
+    assert (popularity.recall_5, popularity.recall_10) == (0.5, 1.0)
+
+
+def test_prefix_recall_is_that_of_the_lists_beside_chance(large, tmp_path):
+    split = random_split(large, 12)
+    config = EvaluationConfig(threads=1, bootstrap_samples=10)
+    folder = StageFolder(tmp_path / "evaluate", config, {})
+    summary = run(config, large.ranker, baselines_of(90), split, large.tokenized, folder)
+    lists = rank_all(large, split)
+    paths = large.catalog.trie.path_of_rank(np.arange(90))
+    for recall, length in ((summary.prefix_recall_10, 10), (summary.prefix_recall_50, 50)):
+        assert set(recall) == {"model", "popularity", "item_knn", "sasrec", "chance"}
+        assert recall["model"] == prefix_recall(paths, lists.first_fifty[:, :length], split.targets)
+        assert recall["chance"] == chance_prefix_recall(paths, length, split.targets)
+        top = [[rank for rank in range(89, -1, -1) if rank not in history][:length] for history in split.histories]
+        assert recall["popularity"] == prefix_recall(paths, np.array(top, np.int32), split.targets)
+    assert summary.prefix_recall_10["model"][-1] == summary.sid_recall_10
+
+
+def test_a_summary_from_before_there_were_slices_can_still_be_read(finished: Run):
+    old = {name: value for name, value in finished.outcome.json.items() if "prefix" not in name and name != "slices"}
+    assert EvaluationSummary.model_validate(old).slices == {}
 
 
 def test_a_run_writes_what_every_user_got(small, tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import random
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -120,6 +122,99 @@ def test_a_history_with_its_target_is_the_beginning_of_the_sequence(sequences):
             whole = [*evaluation.histories[row], evaluation.targets[row]]
             assert whole == sequences[user][: len(sequences[user]) - after]
             assert sequences[user][: len(dataset.train()[user])] == dataset.train()[user].tolist()
+
+
+def walks(names: str, users: int = 30) -> tuple[str, str]:
+    """`users` random walks of 3 to 9 events over these one-letter items: interactions and items."""
+    rng = random.Random(0)
+    rows = ["user_id,item_id,timestamp"]
+    for user in range(users):
+        rows += [f"u{user},{names[rng.randrange(len(names))]},{time}" for time in range(rng.randint(3, 9))]
+    return "\n".join(rows), "\n".join(["item_id,title", *(f"{name},Title" for name in names)])
+
+
+def test_cold_items_are_in_the_catalogue_and_in_nothing_that_is_learnt_or_shown(tmp_path):
+    whole, _ = run_stage(given_files(tmp_path / "whole", *walks("abcdefghij")))
+    dataset, summary = run_stage(given_files(tmp_path / "cold", *walks("abcdefghij")), cold_share=0.3)
+    cold = set(dataset.cold_items.tolist())
+    assert len(cold) == summary.cold_items == 3
+    assert dataset.item_ids == whole.item_ids
+    assert dataset.sequences.items.tolist() == whole.sequences.items.tolist()
+    assert summary.cold_events == sum(item in cold for item in dataset.sequences.items)
+    train = dataset.train()
+    learnt = [[item for item in sequence if item not in cold] for sequence in whole.train()]
+    assert [sequence.tolist() for sequence in train] == [sequence for sequence in learnt if sequence]
+    for split, held_out in (("validation", 2), ("test", 1), ("cold", 1)):
+        evaluation = dataset.evaluation(split)  # type: ignore[arg-type]
+        expected = []
+        for user, sequence in enumerate(whole.sequences):
+            history = [item for item in sequence[:-held_out] if item not in cold]
+            if history and (sequence[-held_out] in cold) == (split == "cold"):
+                expected.append((user, history, int(sequence[-held_out])))
+        found = zip(evaluation.users, evaluation.histories, evaluation.targets, strict=True)
+        assert [(user, history.tolist(), target) for user, history, target in found] == expected
+        assert expected
+    assert summary.cold_users == len(dataset.evaluation("cold").users)
+    assert (summary.num_users, summary.num_events) == (30, len(whole.sequences.items))
+
+
+def test_cold_items_are_test_targets_drawn_by_the_seed_and_not_by_their_ids(tmp_path):
+    interactions, items = walks("abcdefghij")
+    renamed = str.maketrans("abcdefghij", "jihgfedcba")
+    header, *rows = interactions.splitlines()
+    other = "\n".join([header, *(row.translate(renamed) for row in rows)])
+    _, *lines = items.splitlines()
+    other_items = "\n".join(["item_id,title", *(f"{line[0].translate(renamed)}{line[1:]}" for line in lines)])
+
+    def cold_ids(folder: str, files: tuple[str, str], seed: int) -> set[str]:
+        dataset, _ = run_stage(given_files(tmp_path / folder, *files), cold_share=0.3, seed=seed)
+        assert set(dataset.cold_items) <= {sequence[-1] for sequence in dataset.sequences}
+        return {dataset.item_ids[item] for item in dataset.cold_items}
+
+    drawn = [cold_ids(f"seed {seed}", (interactions, items), seed) for seed in range(4)]
+    assert len(set(map(frozenset, drawn))) > 1
+    mirrored = [cold_ids(f"renamed {seed}", (other, other_items), seed) for seed in range(4)]
+    assert mirrored == [{name.translate(renamed) for name in ids} for ids in drawn]
+
+
+def test_without_cold_items_a_dataset_is_what_it_was(tmp_path):
+    """Neither a fingerprint nor a file knows of the setting, so that runs which are older than it stay finished."""
+    assert DataConfig().identity() == {"k_core": 1, "seed": 0, "skip_bad_rows": False}
+    assert DataConfig(cold_share=0.1).identity()["cold_share"] == 0.1
+    dataset, summary = run_stage(given_files(tmp_path, *walks("abcdefghij")))
+    assert pl.read_parquet(tmp_path / "run/items.parquet").columns == ["item_id", "title", "categories", "attributes"]
+    assert len(dataset.cold_items) == len(dataset.evaluation("cold").users) == 0
+    old = {name: value for name, value in summary.model_dump().items() if not name.startswith("cold_")}
+    assert DataSummary.model_validate(old) == summary
+
+
+ENDING_AT_C = "user_id,item_id,timestamp\nu,c,1\nu,c,2\nu,a,3\nu,c,4\nv,c,1\nv,c,2\nv,c,3\nv,c,4\n"
+"""Only c is a last event, and without it one user has a single event and the other none."""
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.01, "data.cold_share=0.01 of 2 items with events is no item: raise it to at least 0.500000"),
+        (0.95, "data.cold_share=0.95 of 2 items with events is 2, and only 1 are .*: lower it to at most 0.500000"),
+    ],
+)
+def test_a_share_of_no_item_or_of_too_many_is_refused(tmp_path, share, message):
+    assert re.search(message, error_of(given_files(tmp_path, ENDING_AT_C), cold_share=share))
+
+
+def test_a_share_that_leaves_nothing_to_learn_or_nobody_to_ask_is_refused(tmp_path):
+    message = error_of(given_files(tmp_path, ENDING_AT_C), cold_share=0.5)
+    assert "data.cold_share=0.5 holds 1 items out of training and leaves no" in message
+    assert "no training sequence of two events, no user with a validation target, no user with a test" in message
+    assert message.endswith("lower it, or give more interactions")
+
+
+def test_cold_items_that_only_follow_themselves_are_refused(tmp_path):
+    """Of a and c, the two last events, the seed may draw c, whose only user knows nothing else."""
+    rows = ["u,c,1", "u,c,2", "u,c,3", *(f"{user},{item},{time}" for user in "vw" for time, item in enumerate("abda"))]
+    files = given_files(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]), ITEMS + "d,Dates\n")
+    assert any("leaves no cold user" in error_of(files, cold_share=0.25, seed=seed) for seed in range(8))
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):

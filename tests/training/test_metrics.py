@@ -1,5 +1,7 @@
 """Ranking metrics: hand-derived numbers, ties, masking, and the bootstrap against its definition."""
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,11 +13,13 @@ from training.metrics import (
     NO_ITEM,
     bootstrap_mean,
     bootstrap_over_seeds,
+    chance_prefix_recall,
     coverage,
     gini,
     holm,
     metrics_of_ranks,
     paired_bootstrap,
+    prefix_recall,
     target_ranks,
     top_items,
 )
@@ -123,6 +127,32 @@ def test_recall_and_ndcg_by_hand() -> None:
         "recall@50": pytest.approx(2 / 3),
         "ndcg@50": pytest.approx((1 + 1 / 3) / 3),
     }
+
+
+def test_metrics_of_some_users_are_their_own() -> None:
+    metrics = metrics_of_ranks(np.array([0, 7, 3]))
+    for users in (np.array([2, 0]), np.array([True, False, True])):
+        assert metrics.select(users).means() == metrics_of_ranks(np.array([0, 3])).means()
+
+
+PATHS = np.array([[0, 2], [0, 3], [0, 3], [1, 4], [1, 5]])
+"""Five items, of which the first three share a first code, and two of these the whole SID."""
+
+
+def test_prefix_recall_by_hand() -> None:
+    """The first user's list shares a code with the target 2 and no SID, the second's is the target's twin, the third's
+    has only a filler, which is no item though its number would be the last one's."""
+    lists = np.array([[3, 0], [3, 1], [-1, -1]], np.int32)
+    targets = np.array([2, 2, 4], np.int32)
+    assert prefix_recall(PATHS, lists, targets) == [pytest.approx(2 / 3), pytest.approx(1 / 3)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_chance_is_the_mean_over_all_lists(length: int) -> None:
+    lists = np.array(list(itertools.combinations(range(5), min(length, 5))), np.int32)
+    for target in range(5):
+        found = prefix_recall(PATHS, lists, np.full(len(lists), target, np.int32))
+        assert chance_prefix_recall(PATHS, length, np.array([target], np.int32)) == pytest.approx(found)
 
 
 def test_metrics_of_nobody_are_refused() -> None:

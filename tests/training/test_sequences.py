@@ -46,3 +46,14 @@ def test_slice_each_cuts_every_sequence_at_its_own_places(lists, data):
 def test_select_takes_users_in_any_order_and_more_than_once(lists, data):
     users = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=10))
     assert as_lists(Sequences.of(lists).select(int64(users))) == [lists[user] for user in users]
+
+
+@given(lists_of_items, st.data())
+def test_where_keeps_the_masked_events_of_every_sequence(lists, data):
+    kept = [data.draw(st.lists(st.booleans(), min_size=len(items), max_size=len(items))) for items in lists]
+    cut = Sequences.of(lists).where(np.array([one for mask in kept for one in mask], np.bool_))
+    assert as_lists(cut) == [
+        [item for item, is_kept in zip(items, mask, strict=True) if is_kept]
+        for items, mask in zip(lists, kept, strict=True)
+    ]
+    assert [str(column.dtype) for column in (cut.offsets, cut.items)] == ["int64", "int32"]

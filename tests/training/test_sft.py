@@ -19,7 +19,14 @@ from semantic_ids.codes import SidVocabulary
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
-from semantic_ids.prompt import CHAT_VERSION, COMPACT_VERSION, THINKING_VERSION, PromptRenderer, window_start
+from semantic_ids.prompt import (
+    CHAT_VERSION,
+    COMPACT_VERSION,
+    STEPWISE_VERSION,
+    THINKING_VERSION,
+    PromptRenderer,
+    window_start,
+)
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
 from training.sequences import Sequences
 from training.sft import (
@@ -76,7 +83,8 @@ def decoded_scores(
         shown = history[window_start(len(history), renderer.spec.max_history) :]
         state = decoder.prefill([renderer.render([items[rank] for rank in shown]).token_ids])
         only = ItemFilter.of(len(catalog), allow=np.array([target], np.int64))
-        scores.append(float(constrained_beam(decoder, catalog.trie, state, [only], [1])[0].scores[0]))
+        found = constrained_beam(decoder, catalog.trie, state, [only], [1], forced=renderer.forced)
+        scores.append(float(found[0].scores[0]))
     return np.array(scores)
 
 
@@ -87,14 +95,28 @@ def random_split(seed: int = 0, count: int = 12) -> TargetSplit:
     return TargetSplit(Sequences.of(histories), rng.integers(0, NUM_ITEMS, count).astype(np.int32))
 
 
-@pytest.fixture(params=["compact llama", "compact qwen3", "chat llama", "chat qwen3", "chat phi", "thinking llama"])
+STEPS = {"compact": (), "steps": (1, 1, 1), "early_steps": (2, 0, 1)}
+
+
+@pytest.fixture(
+    params=[
+        "compact llama",
+        "compact qwen3",
+        "steps llama",
+        "early_steps qwen3",
+        "chat llama",
+        "chat qwen3",
+        "chat phi",
+        "thinking llama",
+    ]
+)
 def built(
     request: pytest.FixtureRequest, pretrained: dict[str, Path], tmp_path: Path
 ) -> tuple[PreTrainedModel, SidVocabulary, PromptRenderer]:
     """A model of either prompt kind, ready to score, with weights that tell items apart."""
     kind, architecture = request.param.split()
-    if kind == "compact":
-        config = config_of(architecture=architecture)
+    if kind in STEPS:
+        config = config_of(architecture=architecture, steps=STEPS[kind])
     else:
         config = config_of(base_model=str(pretrained[architecture]), thinking=kind == "thinking")
     model, vocabulary, renderer = build_model(config, CATALOG, tmp_path)
@@ -127,7 +149,7 @@ def test_every_position_of_a_training_row_has_the_score_of_its_own_prompt(built)
     prefixes = TargetSplit(Sequences.of([window[:place] for place in range(len(window))]), window)
     served = decoded_scores(TreeDecoder(model, vocabulary), renderer, prefixes)
     assert batch.ranks.tolist() == window.tolist()
-    if renderer.spec.version == COMPACT_VERSION:
+    if renderer.spec.version in (COMPACT_VERSION, STEPWISE_VERSION):
         assert trained == pytest.approx(served, abs=1e-4)
     else:
         assert trained[-1] == pytest.approx(served[-1], abs=1e-4)

@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from training.stage import STAGE_FILE, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
+from training.tokenizer.config import TokenizerConfig
 
 
 class Config(StageConfig):
@@ -154,3 +155,21 @@ def test_the_bar_is_on_stderr_and_counts_what_an_earlier_run_did(capsys):
     assert written.out == ""
     assert "4/5" in written.err
     assert "loss 3.21" in written.err
+
+
+def test_a_setting_that_was_added_later_changes_nothing_until_it_is_used(tmp_path: Path) -> None:
+    class Before(StageConfig):
+        size: int = 1
+
+    class After(Before):
+        added_later = frozenset({"extra"})
+        extra: tuple[int, ...] = ()
+
+    made = StageFolder(tmp_path / "run", Before(size=2), {}).fingerprint
+    assert StageFolder(tmp_path / "run", After(size=2), {}).fingerprint == made
+    assert StageFolder(tmp_path / "run", After(size=2, extra=(1,)), {}).fingerprint != made
+
+
+def test_the_default_tokenizer_is_what_it_was_when_its_levels_were_a_number() -> None:
+    assert TokenizerConfig().identity()["num_levels"] == 3
+    assert TokenizerConfig(method="clustered").identity()["num_levels"] == 2

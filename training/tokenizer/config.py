@@ -100,7 +100,8 @@ class TokenizerConfig(StageConfig):
     def identity(self) -> dict[str, Any]:
         """Also what the method stands for, and the content of the file of SIDs."""
         content = hashlib.sha256(_read_bytes(Path(self.sids))).hexdigest() if self.sids else None
-        return {**super().identity(), "objectives": repr(self.objectives()), "sids": content}
+        named = {"num_levels": self.levels, "objectives": repr(self.objectives()), "sids": content}
+        return super().identity() | named
 
 
 def _read_bytes(path: Path) -> bytes:

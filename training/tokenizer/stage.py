@@ -17,6 +17,7 @@ import torch
 from semantic_ids.catalog import Catalog, CatalogError
 from semantic_ids.codes import Codes, SidError, SidSpace
 from semantic_ids.quantizer import ResidualQuantizer, Vectors
+from semantic_ids.trie import SidTrie
 from training.interactions import Dataset
 from training.processes import Processes
 from training.sequences import Sequences
@@ -185,6 +186,20 @@ class TokenizedCatalog:
     def to_ranks(self, sequences: Sequences) -> Sequences:
         """The same sequences in catalogue ranks."""
         return Sequences(sequences.offsets, self.rank_of_item[sequences.items])
+
+    def catalog_without(self, items: npt.NDArray[np.int64]) -> Catalog:
+        """The catalogue with the same ranks and columns, whose trie has no SID that only these items have.
+
+        For training, which then neither offers nor denies them. In this trie a rank that is left out stands under the
+        leaf before it (the first one's, where there is none): it may be no target.
+        """
+        if not len(items):
+            return self.catalog
+        kept = np.delete(np.arange(len(self.catalog)), self.rank_of_item[items])
+        trie = SidTrie.from_sorted(self.catalog.space, self.catalog.codes[kept])
+        leaf_rank = np.append(kept, len(self.catalog))[trie.leaf_rank]
+        leaf_rank[0] = 0
+        return replace(self.catalog, trie=replace(trie, leaf_rank=leaf_rank.astype(np.uint32)))
 
 
 def _fit(

@@ -1,9 +1,10 @@
-"""The tokenizers' ablation: one small generator and one budget, only the SIDs differ (`make bench-tokenizers`).
+"""Ablations: of the tokenizers (`make bench-tokenizers`) and of S²GR's thinking steps (`make bench-steps`).
 
-A row is a tokenizer, given by its settings. Every (row, seed) is a run folder OUT/ROW/SEED, made by
-`python -m training evaluate` in a process of one thread; the seed is the tokenizer's and the generator's. The stages
-that do not depend on the row (data, vectors, collaborative) are made once in OUT/base, or taken from `--base`, and
-linked into every run. Finished stages are skipped, so a killed matrix is started again by the same command.
+A row is a tokenizer, or a way to think, given by its settings; generator and budget are one for all. Every (row, seed)
+is a run folder OUT/ROW/SEED, made by `python -m training evaluate` in a process of one thread; the seed is the
+tokenizer's and the generator's. The stages that do not depend on the row (data, vectors, collaborative) are made once
+in OUT/base, or taken from `--base`, and linked into every run. Finished stages are skipped, so a killed matrix is
+started again by the same command.
 
 After every run OUT/results.json holds what is finished: `training.comparison` of all rows with the first row, and
 each run's tokenizer, training and evaluation in numbers. All rows are compared on the same seeds: those that every row
@@ -70,7 +71,15 @@ PROFILES: dict[str, dict[str, str]] = {
         "sft.patience": "5",
     },
 }  # fmt: skip
-"""The generator of every row, by data set. Patience is the number of epochs: every row trains equally long."""
+_STEPWISE = {"tokenizer.method": "coba", "tokenizer.codebook_size": "256"}
+PROFILES |= {
+    "scientific-steps": PROFILES["scientific"] | _STEPWISE,
+    "beauty-steps": PROFILES["beauty"] | _STEPWISE | {"tokenizer.num_levels": "3"},
+}
+"""The generator of every row, by data set, and S²GR's tokenizer where it is about steps.
+
+Patience is the number of epochs: every row trains equally long.
+"""
 
 _RQVAE_CF = {"tokenizer.method": "rqvae", "tokenizer.collaborative_weight": str(ALIGNMENT_WEIGHT)}
 RELEASED = "letter-released"
@@ -90,6 +99,22 @@ ROWS: dict[str, dict[str, str]] = {
 """Tokenizer settings by row; `--row` defines others, and `--released` letter-released.
 
 rqvae+cf-permuted gives the items each other's collaborative vectors: the loss without its content.
+"""
+
+_UNIFORM, _CLUSTERS = {"sft.steps": "[1,1,1]"}, {"sft.step_clusters": "16"}
+STEP_ROWS: dict[str, dict[str, str]] = {
+    "plain": {},
+    "pause": _UNIFORM,
+    "shuffled": _UNIFORM | _CLUSTERS | {"sft.step_clusters_shuffled": "true"},
+    "clusters-only": _CLUSTERS,
+    "deeper": {"sft.num_layers": "5"},
+    "uniform": _UNIFORM | _CLUSTERS,
+    "front-loaded": {"sft.steps": "[3,0,0]"} | _CLUSTERS,
+    "full": _UNIFORM | _CLUSTERS | {"sft.global_interest": "0.1"},
+}
+"""The rows of the profiles about steps: S²GR (full), what it is without one of its parts, and its controls.
+
+deeper: a row with steps runs 8 tokens where a plain one runs 3, so 5 layers in place of 2 cost it as much.
 """
 
 TOKENIZER_NUMBERS = ("uniqueness", "collision_before_repair", "codes_used", "perplexity", "bits", "seconds")
@@ -336,7 +361,7 @@ def _tail(log: Path) -> str:
 
 def _rows(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
     """The rows asked for with their settings, in the order asked for."""
-    known = dict(ROWS)
+    known = dict(STEP_ROWS if arguments.profile.endswith("-steps") else ROWS)
     if arguments.released:
         known[RELEASED] = {"tokenizer.method": "imported", "tokenizer.sids": str(arguments.released.resolve())}
     for text in arguments.row:
@@ -351,9 +376,9 @@ def _rows(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.tokenizers",
+        prog="python -m tests.benchmarks.ablations",
         description=__doc__,
-        epilog=f"Rows: {', '.join(ROWS)}.",
+        epilog=f"Rows: {', '.join(ROWS)}; of the profiles about steps: {', '.join(STEP_ROWS)}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with interactions.* and items.*")

@@ -1,12 +1,13 @@
-"""The tokenizers' ablation, on tiny data: what it runs, what it leaves alone, and what a failing row costs."""
+"""The ablations, on tiny data: what it runs, what it leaves alone, and what a failing row costs."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.tokenizers import OWN_STAGES, SHARED_STAGES, main
+from tests.benchmarks.ablations import OWN_STAGES, PROFILES, SHARED_STAGES, STEP_ROWS, main
 from tests.training.conftest import SMALL, Run
+from training.pipeline import load_config
 from training.stage import STAGE_FILE
 
 TINY = [*SMALL, "sft.max_epochs=1", "tokenizer.codebook_size=8"]
@@ -54,6 +55,20 @@ def test_rows_share_their_base_a_failing_one_is_told_and_a_second_call_does_noth
 
     assert main([*common, "--rows", "again", "--summarise", "--json", *TINY, "sft.max_epochs=2"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"] == {}, "runs of other settings do not count"
+
+
+def test_rows_about_steps_differ_from_the_plain_one_as_they_say(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is a valid configuration of its own; two of them are run."""
+    configs = {row: load_config("default", PROFILES["scientific-steps"] | own).sft for row, own in STEP_ROWS.items()}
+    assert len({config.model_dump_json() for config in configs.values()}) == len(STEP_ROWS)
+    common = ["--data", str(finished.data), "--out", str(tmp_path), "--base", str(finished.out), "--seeds", "0"]
+    fast = [*TINY, "tokenizer.max_epochs=1", "--profile", "scientific-steps", "--rows", "plain,full", "--json"]
+    assert main([*common, *fast]) == 0
+    plain, full = json.loads(capsys.readouterr().out)["comparison"]["rows"]
+    assert (plain["name"], full["name"]) == ("plain", "full")
+    assert full["target_log_likelihood"]["mean"] != plain["target_log_likelihood"]["mean"]
 
 
 @pytest.mark.parametrize(
