@@ -21,7 +21,7 @@ endif
 
 export VENV
 
-.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-catalog bench-overload bench-tokenizers bench-tokenizer-step constraints soak test-contract clean
+.PHONY: help setup demo test lint bench-trie bench-encode bench-engine bench-http bench-catalog bench-overload bench-tokenizers bench-tokenizer-step bench-steps bench-train constraints soak test-contract clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,11 +85,19 @@ bench-catalog: ## epochs, PUT, DELETE and start-up at a million items with up to
 
 bench-tokenizers: ## one small generator on the SIDs of every tokenizer (hours; DATA=dir RUN=dir, ARGS=… as in its --help)
 	@scripts/bootstrap.sh dev
-	@$(BIN)/python -m tests.benchmarks.tokenizers --data $(DATA) --out $(RUN) $(ARGS)
+	@$(BIN)/python -m tests.benchmarks.ablations --data $(DATA) --out $(RUN) $(ARGS)
+
+bench-steps: ## S²GR's thinking steps and their controls on one generator (hours; DATA=dir RUN=dir, ARGS="--profile beauty-steps …")
+	@scripts/bootstrap.sh dev
+	@$(BIN)/python -m tests.benchmarks.ablations --profile scientific-steps --data $(DATA) --out $(RUN) $(ARGS)
 
 bench-tokenizer-step: ## time and memory of a tokenizer's training step as the catalogue grows (some minutes)
 	@scripts/bootstrap.sh dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.tokenizer_step
+
+bench-train: ## a training step against the bare rate of its matrix products, and the share of data loading (about 2 minutes)
+	@scripts/bootstrap.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.train_step
 
 # The CPU's engine and the GPU's meet the same pins: what the one resolves to constrains the other.
 PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-package torch --extra dev $(ARGS)

@@ -280,7 +280,7 @@ class _Learner:
         self._supervision = _Supervision.of(config, model, examples, teaching)
         self._trained = model if self._supervision is None else nn.ModuleList([model, self._supervision])
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(self._trained, config), lr=config.learning_rate, betas=(0.9, 0.98)
+            _parameter_groups(self._trained, config), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
@@ -471,9 +471,8 @@ def _lessons(
     numbered = Sequences(sequences.offsets, np.arange(len(sequences.items), dtype=np.int32))
     size = max(1, config.batch_size // 2)
     while True:
-        order = rng.permutation(len(numbered))
-        for start in range(0, len(order), size):
-            events = numbered.select(order[start : start + size])
+        for places in _batches_of_like_length(numbered.lengths, rng.permutation(len(numbered)), size, rng):
+            events = numbered.select(places)
             lists = list_of_event[events.items]
             batch = examples.batch(Sequences(events.offsets, sequences.items[events.items]))
             yield batch.where(lists >= 0), continuations.lists.select(lists[lists >= 0])
@@ -603,13 +602,21 @@ def epoch_batches(train: Sequences, config: SftConfig, epoch: int) -> Iterator[S
         stops += edges[1:]
     windows = train.select(np.array(users, np.int64)).slice_each(np.array(starts, np.int64), np.array(stops, np.int64))
     order = rng.permutation(np.flatnonzero(windows.lengths > 0))
+    for places in _batches_of_like_length(windows.lengths, order, config.batch_size, rng):
+        yield windows.select(places)
+
+
+def _batches_of_like_length(
+    lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int64], size: int, rng: np.random.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The places in `order` in batches, whose order is drawn; lengths are compared within some batches only."""
     batches = []
-    for bucket_start in range(0, len(order), config.batch_size * _BATCHES_PER_BUCKET):
-        bucket = order[bucket_start : bucket_start + config.batch_size * _BATCHES_PER_BUCKET]
-        bucket = bucket[np.argsort(windows.lengths[bucket], kind="stable")]
-        batches += [bucket[start : start + config.batch_size] for start in range(0, len(bucket), config.batch_size)]
+    for bucket_start in range(0, len(order), size * _BATCHES_PER_BUCKET):
+        bucket = order[bucket_start : bucket_start + size * _BATCHES_PER_BUCKET]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches += [bucket[start : start + size] for start in range(0, len(bucket), size)]
     for place in rng.permutation(len(batches)):
-        yield windows.select(batches[place])
+        yield batches[place]
 
 
 def build_model(
