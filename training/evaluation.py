@@ -36,6 +36,8 @@ from training.collaborative import (
     load_popularity,
     load_sasrec,
 )
+from training.examples import history_items
+from training.generator import TrainedModel
 from training.interactions import SplitName
 from training.metrics import (
     NO_ITEM,
@@ -50,7 +52,6 @@ from training.metrics import (
     rank_of_a_miss,
 )
 from training.sequences import Sequences
-from training.sft import TrainedModel, history_items
 from training.stage import THREADS, StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
 from training.text_similarity import TextSimilarity
 from training.tokenizer.stage import TokenizedCatalog

@@ -22,13 +22,16 @@ from training import collaborative, evaluation, interactions, item_vectors, publ
 from training.collaborative import CollaborativeConfig
 from training.distillation import leave_one_out_knn, sample_continuations
 from training.evaluation import EvaluationConfig
+from training.examples import TargetSplit
+from training.generator import TrainedModel
 from training.interactions import DataConfig, Dataset
 from training.item_memory import KnownItems
 from training.item_vectors import VectorsConfig
+from training.learner import Teaching
 from training.processes import Processes
 from training.publish import PublishConfig
 from training.sequences import Sequences
-from training.sft import SftConfig
+from training.sft_config import SftConfig
 from training.stage import StageConfig, StageError, StageFolder, Summary, write_atomically
 from training.text_similarity import TextSimilarity
 from training.tokenizer import stage as tokenizer
@@ -171,8 +174,8 @@ class Pipeline:
         return TokenizedCatalog.load(self._out / "tokenizer", self._dataset)
 
     @cached_property
-    def _model(self) -> sft.TrainedModel:
-        return sft.TrainedModel.load(self._out / "sft", self._tokenized.catalog)
+    def _model(self) -> TrainedModel:
+        return TrainedModel.load(self._out / "sft", self._tokenized.catalog)
 
     @cached_property
     def _baselines(self) -> evaluation.Baselines:
@@ -208,12 +211,12 @@ class Pipeline:
         """The language model."""
         held_out = self._dataset.evaluation("validation")
         to_ranks, rank_of_item = self._tokenized.to_ranks, self._tokenized.rank_of_item
-        validation = sft.TargetSplit(to_ranks(held_out.histories), rank_of_item[held_out.targets])
+        validation = TargetSplit(to_ranks(held_out.histories), rank_of_item[held_out.targets])
         teaching = self._teaching(to_ranks(self._train))
         catalog = self._tokenized.catalog_without(self._dataset.cold_items)
         return sft.run(self.config.sft, catalog, to_ranks(self._train), validation, folder, teaching)
 
-    def _teaching(self, train: Sequences) -> sft.Teaching:
+    def _teaching(self, train: Sequences) -> Teaching:
         """What the settings want learnt beside the sequences `train`, which are catalogue ranks."""
         config, path = self.config.sft, self._out / "collaborative"
         known = lists = continuations = None
@@ -237,7 +240,7 @@ class Pipeline:
                 seed=config.seed,
             ).renamed(self._tokenized.rank_of_item)
         codebooks = self._tokenized.quantizer.codebooks if config.step_clusters else None
-        return sft.Teaching(known, lists, continuations, codebooks)
+        return Teaching(known, lists, continuations, codebooks)
 
     def make_evaluate(self, folder: StageFolder) -> Summary:
         """Metrics beside the baselines'."""

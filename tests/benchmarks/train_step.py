@@ -1,6 +1,6 @@
 """How near a training step comes to the bare rate of its matrix products: `make bench-train` (two minutes, 1.5 GB).
 
-Measured is `training.sft`'s own step under `--config best`, on drawn data like Amazon Beauty's: batches and lessons are
+Measured is `training.learner`'s step under `--config best`, on drawn data like Amazon Beauty's: batches and lessons are
 loaded, then come forward and backward passes, clipping, AdamW and the moving average. The matrix products of a step,
 attention among them, are recorded with shapes and layouts and run again alone on random numbers. Loading, step and bare
 products of one batch follow each other, so that all three see the same machine.
@@ -27,10 +27,13 @@ from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace
 from tests.benchmarks.report import report
 from training.distillation import LIST_LENGTH, NUM_SAMPLED, Continuations, TeacherLists
+from training.examples import Batch, Examples, epoch_batches, lesson_batches
+from training.generator import build_model
 from training.item_memory import TEXT_WIDTH, KnownItems
+from training.learner import Learner, Teaching
 from training.pipeline import load_config
 from training.sequences import Sequences
-from training.sft import Batch, Examples, SftConfig, Teaching, _Learner, _lessons, build_model, epoch_batches
+from training.sft_config import SftConfig
 from training.tokenizer.clustered import NUM_LEVELS, default_num_clusters
 
 Result = TypeVar("Result")
@@ -78,11 +81,11 @@ def measure(config: SftConfig) -> dict[str, float | int | str]:
     teaching = drawn_teaching(generator, config, train)
     model, vocabulary, renderer = build_model(config, catalog, Path(), teaching.known)
     examples = Examples(catalog, vocabulary, renderer)
-    learner = _Learner(config, model, examples, teaching, total_steps=10 * STEPS * RUNS)
+    learner = Learner(config, model, examples, teaching, total_steps=10 * STEPS * RUNS)
     model.train()
     numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
     epoch, shuffling_s = timed(lambda: list(epoch_batches(numbered, config, epoch=0)))
-    lessons = _lessons(teaching.continuations, examples, config, epoch=0)
+    lessons = lesson_batches(teaching.continuations, examples, config, epoch=0)
 
     def load(events: Sequences) -> tuple[Batch, TeacherLists | None, Lesson]:
         batch = examples.batch(Sequences(events.offsets, train.items[events.items]))

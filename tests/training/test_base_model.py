@@ -18,7 +18,8 @@ from tests.semantic_ids.factories import history_items
 from tests.training.conftest import Cli, Run, make_catalog
 from training.base_model import SID_VOCABULARY, SMOLLM2, SidVocabularyRecord, extend_pretrained, locate, prepare
 from training.cli import main
-from training.sft import MODEL, SftConfig, build_model
+from training.generator import MODEL, build_model
+from training.sft_config import SftConfig
 from training.stage import StageError
 
 SPACE = SidSpace(num_levels=3, codebook_size=8)

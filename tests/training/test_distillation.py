@@ -19,9 +19,11 @@ from training.distillation import (
     sample_continuations,
     teacher_log_likelihood,
 )
+from training.examples import TargetSplit
+from training.learner import Teaching
 from training.legal_softmax import child_log_probs
 from training.sequences import Sequences
-from training.sft import TargetSplit, Teaching, run
+from training.sft import run
 from training.stage import StageError, StageFolder
 
 NUM_ITEMS = 12

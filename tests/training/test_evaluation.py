@@ -24,9 +24,12 @@ from training.evaluation import (
     run,
     slices_of,
 )
+from training.examples import Examples
+from training.generator import MODEL, SPEC, TrainedModel, build_model
+from training.likelihood import item_log_likelihood
 from training.metrics import chance_prefix_recall, metrics_of_ranks, prefix_recall, rank_of_a_miss
 from training.sequences import Sequences
-from training.sft import MODEL, SPEC, Examples, SftConfig, TrainedModel, build_model, item_log_likelihood
+from training.sft_config import SftConfig
 from training.stage import StageError, StageFolder
 from training.tokenizer.stage import TokenizedCatalog
 

@@ -10,17 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.training.test_sft import CATALOG, CYCLE, NUM_ITEMS, VALIDATION, config_of, decoded_scores
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.examples import Examples
+from training.generator import TrainedModel, build_model, compact_vocabulary
 from training.item_memory import TEXT_WIDTH, ItemMemory, KnownItems, memory_of, plain_state
-from training.sft import (
-    Examples,
-    SftSummary,
-    Teaching,
-    TrainedModel,
-    build_model,
-    compact_vocabulary,
-    item_log_likelihood,
-    run,
-)
+from training.learner import Teaching
+from training.likelihood import item_log_likelihood
+from training.sft import SftSummary, run
 from training.stage import StageError, StageFolder
 
 TEXT, COLLABORATIVE = np.random.default_rng(0).standard_normal((2, NUM_ITEMS, 5)).astype(np.float32)

@@ -21,10 +21,10 @@ from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
 from tests.training.conftest import NUM_ITEMS, NUM_USERS, Cli, Run, command, environment
 from training.collaborative import COOCCURRENCE_FILE, ItemKnn, load_item_knn
+from training.generator import TrainedModel
 from training.interactions import EVENT_TYPES, Dataset
 from training.item_vectors import load_vectors
 from training.publish import PublishConfig, histories_as_json_lines, neighbours_by_rank, run, try_out
-from training.sft import TrainedModel
 from training.stage import StageError, StageFolder
 from training.tokenizer.stage import TokenizedCatalog
 

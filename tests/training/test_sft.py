@@ -28,22 +28,12 @@ from semantic_ids.prompt import (
     window_start,
 )
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
+from training.examples import Examples, TargetSplit, epoch_batches, history_items, prompt_windows
+from training.generator import MODEL, TrainedModel, build_model
+from training.likelihood import item_log_likelihood
 from training.sequences import Sequences
-from training.sft import (
-    CHECKPOINT,
-    MODEL,
-    Examples,
-    SftConfig,
-    SftSummary,
-    TargetSplit,
-    TrainedModel,
-    build_model,
-    epoch_batches,
-    history_items,
-    item_log_likelihood,
-    prompt_windows,
-    run,
-)
+from training.sft import CHECKPOINT, SftSummary, run
+from training.sft_config import SftConfig
 from training.stage import StageError, StageFolder
 
 CATALOG = make_catalog([[a, b, c] for a in range(3) for b in range(2) for c in ((0, 1, 3), (2, 2))[b]], codebook_size=4)

@@ -11,7 +11,9 @@ from semantic_ids.bundle import Bundle
 from semantic_ids.prompt import STEPWISE_VERSION, PromptError, PromptSpec, make_renderer
 from tests.training.conftest import Cli, Run
 from tests.training.test_sft import CATALOG, CYCLE, VALIDATION, config_of, decoded_scores
-from training.sft import SftSummary, Teaching, TrainedModel, build_model, compact_vocabulary, run
+from training.generator import TrainedModel, build_model, compact_vocabulary
+from training.learner import Teaching
+from training.sft import SftSummary, run
 from training.stage import StageError, StageFolder
 from training.stepwise import GlobalInterest, StepClusters, with_branches
 

@@ -1,0 +1,107 @@
+"""The score of items under a model in training: what serving ranks by, with a gradient.
+
+Per code, the log-softmax over the legal codes of its prefix; so what is trained is exactly the likelihood of the item.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semantic_ids.catalog import Catalog
+from semantic_ids.codes import SidVocabulary
+from semantic_ids.decoding.tree_decoder import level_head
+from semantic_ids.trie import ROOT
+from training.distillation import TeacherLists, teacher_log_likelihood
+from training.examples import Batch, Examples, TargetSplit, prompt_windows
+from training.item_memory import memory_of
+from training.legal_softmax import child_log_probs
+from training.sft_config import SftConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def item_log_likelihood(model: "PreTrainedModel", catalog: Catalog, vocabulary: SidVocabulary, batch: Batch) -> Tensor:
+    """Score of each target item, (items,): the sum over levels of its code's log-probability among the legal codes."""
+    return log_likelihoods(model, catalog, vocabulary, batch)[0]
+
+
+def log_likelihoods(
+    model: "PreTrainedModel",
+    catalog: Catalog,
+    vocabulary: SidVocabulary,
+    batch: Batch,
+    teacher: TeacherLists | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score of each target item, (items,), and of what the teacher expects along its path; 0 without a teacher."""
+    return scores_of_targets(hidden_states(model, batch), model, catalog, vocabulary, batch, teacher)
+
+
+def hidden_states(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """The model's outputs over a batch's rows, (B, T, D), with the tables as they were baked last (`bake`)."""
+    tree = batch.tree
+    seen = {} if tree is None else {"attention_mask": tree.visible[:, None], "position_ids": tree.position_ids}
+    output = model.base_model(inputs_embeds=embed(model, batch.token_ids), use_cache=False, **seen)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def bake(model: "PreTrainedModel") -> None:
+    """Make tables that come from an item memory what its parameters are now; those of others need nothing."""
+    if (memory := memory_of(model)) is not None:
+        memory.bake(model)
+
+
+def scores_of_targets(
+    hidden: Tensor,
+    model: "PreTrainedModel",
+    catalog: Catalog,
+    vocabulary: SidVocabulary,
+    batch: Batch,
+    teacher: TeacherLists | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `log_likelihoods`, of outputs (B, T, D) that are there already."""
+    path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
+    all_paths = catalog.trie.path_of_rank(np.arange(len(catalog))) if teacher is not None else path  # (N, L)
+    total, expected = torch.zeros(len(path)), torch.zeros(len(path))
+    for level in range(vocabulary.space.num_levels):
+        prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
+        open_items = np.flatnonzero(~catalog.trie.has_one_child(prefix))  # what is forced adds exactly 0
+        if not len(open_items):
+            continue
+        places, prefix, node = torch.from_numpy(open_items), prefix[open_items], path[open_items, level]
+        scores = child_log_probs(
+            hidden[batch.rows[places], batch.positions[places, level]],
+            *level_head(model, vocabulary, level),
+            catalog.trie,
+            prefix,
+        )
+        total = total.index_add(0, places, scores.of(node))
+        if teacher is not None:
+            of_teacher = teacher_log_likelihood(scores, teacher.select(open_items), all_paths, prefix, level, node)
+            expected = expected.index_add(0, places, of_teacher)
+    return total, expected
+
+
+@torch.inference_mode()
+def mean_target_log_likelihood(
+    model: "PreTrainedModel", examples: Examples, split: TargetSplit, config: SftConfig
+) -> float:
+    """Mean score of the split's targets after the prompts that serving would make."""
+    model.train(False)
+    bake(model)
+    windows = prompt_windows(split.histories, split.targets, examples.renderer.spec.max_history)
+    total = 0.0
+    for users in np.array_split(
+        np.argsort(windows.lengths, kind="stable"), max(1, -(-len(windows) // config.batch_size))
+    ):
+        batch = examples.batch_of_last(windows.select(users))
+        total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
+    return total / len(windows)
+
+
+def embed(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
+    embedded: Tensor = model.get_input_embeddings()(token_ids.to(model.device))
+    return embedded
