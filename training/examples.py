@@ -13,6 +13,7 @@ from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary, TokenIds
 from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, HistoryItem, PromptRenderer, window_start
 from training.distillation import Continuations, TeacherLists
+from training.processes import Processes
 from training.sequences import Sequences
 from training.sft_config import SftConfig
 from training.stepwise import Tree, with_branches
@@ -89,9 +90,37 @@ class Examples:
         return replace(plain, token_ids=branches.token_ids, positions=branches.positions, tree=branches.tree)
 
 
-def lesson_batches(
-    continuations: Continuations | None, examples: Examples, config: SftConfig, epoch: int
-) -> Iterator[tuple[Batch, TeacherLists] | None]:
+@dataclass(frozen=True)
+class Lesson:
+    """A process's part of one batch, with a teacher's list for each of its targets, where there is a teacher."""
+
+    batch: Batch
+    lists: TeacherLists | None
+    weight: float
+    """What the mean over this part counts in the mean of all processes' means: 1 in a run of one process."""
+    num_targets: int  # of the whole batch
+
+
+def sequence_lessons(
+    train: Sequences,
+    lists: TeacherLists | None,
+    examples: Examples,
+    config: SftConfig,
+    epoch: int,
+    processes: Processes,
+) -> Iterator[Lesson]:
+    """Every event of every sequence of one epoch; `lists` has one for each event of `train`."""
+    numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
+    for events in epoch_batches(numbered, config, epoch):
+        mine, is_spare = _mine(events, processes)
+        batch = examples.batch(Sequences(mine.offsets, train.items[mine.items]))
+        weight = 0.0 if is_spare else processes.count * len(mine.items) / len(events.items)
+        yield Lesson(batch, None if lists is None else lists.select(mine.items), weight, len(events.items))
+
+
+def continuation_lessons(
+    continuations: Continuations | None, examples: Examples, config: SftConfig, epoch: int, processes: Processes
+) -> Iterator[Lesson | None]:
     """Batches of continuations without end, half as large as those of sequences, beside which they are learnt.
 
     All come before any comes again; None where there are none. A pure function of (seed, epoch).
@@ -106,9 +135,17 @@ def lesson_batches(
     while True:
         for places in _batches_of_like_length(numbered.lengths, rng.permutation(len(numbered)), size, rng):
             events = numbered.select(places)
-            lists = list_of_event[events.items]
-            batch = examples.batch(Sequences(events.offsets, sequences.items[events.items]))
-            yield batch.where(lists >= 0), continuations.lists.select(lists[lists >= 0])
+            mine, is_spare = _mine(events, processes)
+            lists, num_lists = list_of_event[mine.items], int((list_of_event[events.items] >= 0).sum())
+            batch = examples.batch(Sequences(mine.offsets, sequences.items[mine.items])).where(lists >= 0)
+            weight = 0.0 if is_spare else processes.count * len(batch.ranks) / num_lists
+            yield Lesson(batch, continuations.lists.select(lists[lists >= 0]), weight, num_lists)
+
+
+def _mine(windows: Sequences, processes: Processes) -> tuple[Sequences, bool]:
+    """This process's share of a batch; where that is nothing, a window that is to count nothing, and True."""
+    share = np.arange(len(windows))[processes.share(len(windows))]
+    return windows.select(share if len(share) else np.array([0])), not len(share)
 
 
 def history_items(catalog: Catalog) -> list[HistoryItem]:

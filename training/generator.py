@@ -26,7 +26,7 @@ from semantic_ids.prompt import (
 from training.base_model import extend_pretrained
 from training.item_memory import ItemMemory, KnownItems, plain_state
 from training.sft_config import SftConfig
-from training.stage import StageError
+from training.stage import StageError, is_main_process
 
 if TYPE_CHECKING:  # transformers takes seconds to load, and a finished pipeline needs none of it
     from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
@@ -80,7 +80,8 @@ def build_model(
         spec = PromptSpec(version=version, max_history=config.max_history, steps=steps)
         return model, vocabulary, make_renderer(spec, vocabulary)
     extended = extend_pretrained(config.base_model, catalog.space, config.seed)
-    extended.tokenizer.save_pretrained(folder / MODEL)
+    if is_main_process():
+        extended.tokenizer.save_pretrained(folder / MODEL)
     version = THINKING_VERSION if config.thinking else CHAT_VERSION
     spec = PromptSpec(version=version, max_history=config.max_history)
     return extended.model, extended.vocabulary, make_renderer(spec, extended.vocabulary, extended.text_tokenizer)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from training.distillation import Continuations, TeacherLists
-from training.examples import Batch, Examples
+from training.examples import Batch, Examples, Lesson
 from training.item_memory import KnownItems
 from training.likelihood import bake, embed, hidden_states, scores_of_targets
 from training.moving_average import MovingAverage
+from training.processes import Processes
 from training.sft_config import SftConfig
 from training.stepwise import GlobalInterest, StepClusters
 
@@ -38,14 +39,19 @@ NOTHING_ELSE = Teaching()
 
 
 class Learner:
-    """A model and all that changes it, step by step."""
+    """A model and all that changes it, step by step; on several processes their gradients' mean."""
 
     def __init__(
-        self, config: SftConfig, model: "PreTrainedModel", examples: "Examples", teaching: Teaching, total_steps: int
+        self,
+        config: SftConfig,
+        model: "PreTrainedModel",
+        examples: Examples,
+        teaching: Teaching,
+        total_steps: int,
+        processes: Processes,
     ) -> None:
         self._config = config
-        self._model = model
-        self._examples = examples
+        self._processes = processes
         self._supervision = _Supervision.of(config, model, examples, teaching)
         self._trained = model if self._supervision is None else nn.ModuleList([model, self._supervision])
         self._optimizer = torch.optim.AdamW(
@@ -54,36 +60,29 @@ class Learner:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
         )
+        self._objective, self._stepping = processes.prepare(
+            _Objective(config, model, examples, self._supervision), self._optimizer
+        )
         parameters = self._trained.parameters()
         self._average = MovingAverage(parameters, config.moving_average) if config.moving_average else None
 
-    def step(self, batch: "Batch", lists: TeacherLists | None, lesson: "tuple[Batch, TeacherLists] | None") -> float:
-        """Learn from a batch, its teacher's lists and a lesson; the batch's mean loss.
+    def step(self, lesson: Lesson, further: Lesson | None) -> float:
+        """Learn from a batch of sequences and one of continuations; the former's mean loss, of all processes.
 
         A loss that is no number changes nothing.
         """
-        self._optimizer.zero_grad()
-        bake(self._model)
-        with self._autocast():
-            hidden = hidden_states(self._model, batch)
-            log_likelihood, expected = self._log_likelihoods(hidden, batch, lists)
-            loss = -log_likelihood.mean()
-            if not math.isfinite(loss.item()):
-                return loss.item()
-            total = torch.lerp(loss, -expected.mean(), self._config.distillation)
-            if self._supervision is not None:
-                total = total + self._supervision(self._model, self._examples, hidden, batch)
-            if lesson is not None:
-                batch, lists = lesson
-                _, expected = self._log_likelihoods(hidden_states(self._model, batch), batch, lists)
-                total = total - expected.mean()
+        self._stepping.zero_grad()
+        loss, total = self._objective(lesson, further)
+        whole_loss = float(self._processes.sum(lesson.weight / self._processes.count * loss.detach()))
+        if not math.isfinite(whole_loss):
+            return whole_loss
         torch.autograd.backward(total)
         nn.utils.clip_grad_norm_(self._trained.parameters(), self._config.max_grad_norm)
-        self._optimizer.step()
+        self._stepping.step()
         self._schedule.step()
         if self._average is not None:
             self._average.update()
-        return loss.item()
+        return whole_loss
 
     def kept_weights(self) -> AbstractContextManager[None]:
         """The model has the weights that are validated and kept: the average, where there is one."""
@@ -108,14 +107,36 @@ class Learner:
             self._average.load_state(state.extra.pop("moving_average"))
         return state
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = torch.autocast(
-            "cpu", torch.bfloat16, enabled=self._config.dtype == "bfloat16"
-        )
-        return context
 
-    def _log_likelihoods(self, hidden: Tensor, batch: "Batch", lists: TeacherLists | None) -> tuple[Tensor, Tensor]:
-        return scores_of_targets(hidden, self._model, self._examples.catalog, self._examples.vocabulary, batch, lists)
+class _Objective(nn.Module):
+    """The loss of a step. One module, so that whatever joins the processes' gradients sees all that has any."""
+
+    def __init__(
+        self, config: SftConfig, model: "PreTrainedModel", examples: Examples, supervision: "_Supervision | None"
+    ) -> None:
+        super().__init__()
+        self.model, self.supervision = model, supervision
+        self._config, self._examples = config, examples
+
+    def forward(self, lesson: Lesson, further: Lesson | None) -> tuple[Tensor, Tensor]:
+        """The mean loss of the lesson's targets, and what is to be minimised: this part of all that is learnt."""
+        bake(self.model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.dtype == "bfloat16"):
+            hidden = hidden_states(self.model, lesson.batch)
+            log_likelihood, expected = self._scores(hidden, lesson)
+            loss = -log_likelihood.mean()
+            total = torch.lerp(loss, -expected.mean(), self._config.distillation)
+            if self.supervision is not None:
+                total = total + self.supervision(self.model, self._examples, hidden, lesson.batch)
+            total = lesson.weight * total
+            if further is not None:
+                _, expected = self._scores(hidden_states(self.model, further.batch), further)
+                total = total - further.weight * expected.mean()
+        return loss, total
+
+    def _scores(self, hidden: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        catalog, vocabulary = self._examples.catalog, self._examples.vocabulary
+        return scores_of_targets(hidden, self.model, catalog, vocabulary, lesson.batch, lesson.lists)
 
 
 class _Supervision(nn.Module):

@@ -17,6 +17,7 @@ from training.distillation import TeacherLists, teacher_log_likelihood
 from training.examples import Batch, Examples, TargetSplit, prompt_windows
 from training.item_memory import memory_of
 from training.legal_softmax import child_log_probs
+from training.processes import Processes
 from training.sft_config import SftConfig
 
 if TYPE_CHECKING:
@@ -87,19 +88,21 @@ def scores_of_targets(
 
 @torch.inference_mode()
 def mean_target_log_likelihood(
-    model: "PreTrainedModel", examples: Examples, split: TargetSplit, config: SftConfig
+    model: "PreTrainedModel", examples: Examples, split: TargetSplit, config: SftConfig, processes: Processes
 ) -> float:
-    """Mean score of the split's targets after the prompts that serving would make."""
+    """Mean score of the split's targets after the prompts that serving would make; processes share the users."""
     model.train(False)
     bake(model)
     windows = prompt_windows(split.histories, split.targets, examples.renderer.spec.max_history)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for users in np.array_split(
         np.argsort(windows.lengths, kind="stable"), max(1, -(-len(windows) // config.batch_size))
     ):
-        batch = examples.batch_of_last(windows.select(users))
-        total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
-    return total / len(windows)
+        mine = users[processes.share(len(users))]
+        if len(mine):
+            batch = examples.batch_of_last(windows.select(mine))
+            total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
+    return float(processes.sum(total)) / len(windows)
 
 
 def embed(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ _STAGES: dict[StageName, _Stage] = {
     "vectors": _Stage(("data",), item_vectors.VectorsSummary, Pipeline.make_vectors),
     "collaborative": _Stage(("data",), collaborative.CollaborativeSummary, Pipeline.make_collaborative),
     "tokenizer": _Stage(("data", "vectors"), tokenizer.TokenizerSummary, Pipeline.make_tokenizer, is_shared=True),
-    "sft": _Stage(("data", "tokenizer"), sft.SftSummary, Pipeline.make_sft),
+    "sft": _Stage(("data", "tokenizer"), sft.SftSummary, Pipeline.make_sft, is_shared=True),
     "evaluate": _Stage(("sft", "collaborative"), evaluation.EvaluationSummary, Pipeline.make_evaluate),
     "publish": _Stage(("evaluate",), publish.PublishSummary, Pipeline.make_publish, still_holds=Pipeline.is_published),
 }

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from semantic_ids.catalog import Catalog
-from training.examples import Examples, TargetSplit, epoch_batches, lesson_batches
+from training.examples import Examples, TargetSplit, continuation_lessons, epoch_batches, sequence_lessons
 from training.generator import MODEL, SPEC, build_model, save_model
 from training.learner import NOTHING_ELSE, Learner, Teaching
 from training.likelihood import mean_target_log_likelihood
+from training.processes import Processes
 from training.sequences import Sequences
 from training.sft_config import SftConfig
 from training.stage import StageError, StageFolder, Summary, progress_bar, write_atomically
@@ -46,16 +47,17 @@ def run(
 ) -> SftSummary:
     """Train, keep the epoch with the best validation loss or the last, write a transformers checkpoint into `model/`.
 
-    Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit.
+    Sequences and targets are catalogue ranks. Resumes after the last finished epoch, bit for bit. The processes of a
+    launch share every batch and every validation; the first one writes.
     """
-    _require_inputs(config, validation, teaching)
+    processes = Processes.launched()
+    _require_inputs(config, validation, teaching, processes)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model, vocabulary, renderer = build_model(config, catalog, folder.path, teaching.known)
     examples = Examples(catalog, vocabulary, renderer)
-    numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
     batches_per_epoch = len(list(epoch_batches(train, config, epoch=0)))
-    learner = Learner(config, model, examples, teaching, total_steps=batches_per_epoch * config.max_epochs)
+    learner = Learner(config, model, examples, teaching, batches_per_epoch * config.max_epochs, processes)
     state = learner.load(folder.path / CHECKPOINT)
     progress = state.extra if state else {"best": -math.inf, "best_epoch": 0, "train": 0.0, "tokens": 0, "seconds": 0.0}
     epoch = state.step if state else 0
@@ -65,27 +67,30 @@ def run(
         while epoch < config.max_epochs and epoch - progress["best_epoch"] < config.patience:
             start, tokens, total, num_items = time.monotonic(), 0, 0.0, 0
             model.train()
-            lessons = lesson_batches(teaching.continuations, examples, config, epoch)
-            for events in epoch_batches(numbered, config, epoch):
-                batch = examples.batch(Sequences(events.offsets, train.items[events.items]))
-                lists = teaching.lists.select(events.items) if teaching.lists is not None else None
-                loss = learner.step(batch, lists, next(lessons))
+            if not processes.is_main:  # or all would drop the same units, each of other rows
+                torch.manual_seed(int(np.random.default_rng((config.seed, epoch, processes.index)).integers(2**62)))
+            lessons = sequence_lessons(train, teaching.lists, examples, config, epoch, processes)
+            further = continuation_lessons(teaching.continuations, examples, config, epoch, processes)
+            for lesson in lessons:
+                loss = learner.step(lesson, next(further))
                 _refuse_non_finite(loss, epoch + 1, config)
-                tokens += int(batch.token_ids.numel())
-                total, num_items = total - loss * len(batch.ranks), num_items + len(batch.ranks)
+                tokens += int(lesson.batch.token_ids.numel())
+                total, num_items = total - loss * lesson.num_targets, num_items + lesson.num_targets
                 bar.advance()
             epoch += 1
             with learner.kept_weights():
-                validated = mean_target_log_likelihood(model, examples, validation, config)
+                validated = mean_target_log_likelihood(model, examples, validation, config, processes)
                 _refuse_non_finite(-validated, epoch, config)
+                tokens = int(processes.sum(torch.tensor(tokens)))
                 progress |= {"train": total / num_items, "tokens": progress["tokens"] + tokens}
                 progress["seconds"] += time.monotonic() - start
-                if config.keep == "last" or validated > progress["best"]:
+                if is_better := config.keep == "last" or validated > progress["best"]:
                     progress |= {"best": validated, "best_epoch": epoch}
+                if is_better and processes.is_main:
                     save_model(model, folder.path / MODEL)
-            learner.save(folder.path / CHECKPOINT, epoch, progress)
+            if processes.is_main:
+                learner.save(folder.path / CHECKPOINT, epoch, progress)
             bar.note(f"epoch {epoch}: {-progress['train']:.3f} train, {-validated:.3f} validation nats/item")
-    write_atomically(folder.path / SPEC, renderer.spec.model_dump_json().encode())
     summary = SftSummary(
         num_parameters=num_parameters,
         epochs=epoch,
@@ -95,12 +100,20 @@ def run(
         tokens_per_s=progress["tokens"] / max(progress["seconds"], 1e-9),
         seconds=progress["seconds"],
     )
-    folder.finish(summary)
-    (folder.path / CHECKPOINT).unlink(missing_ok=True)
+    if processes.is_main:
+        write_atomically(folder.path / SPEC, renderer.spec.model_dump_json().encode())
+        folder.finish(summary)
+        (folder.path / CHECKPOINT).unlink(missing_ok=True)
+    processes.wait_for_all()
     return summary
 
 
-def _require_inputs(config: SftConfig, validation: TargetSplit, teaching: Teaching) -> None:
+def _require_inputs(config: SftConfig, validation: TargetSplit, teaching: Teaching, processes: Processes) -> None:
+    if config.global_interest and processes.count > 1:
+        raise StageError(
+            f"sft.global_interest={config.global_interest} contrasts the items of a whole batch, and "
+            f"{processes.count} processes have a part each: launch one, or leave it out"
+        )
     if len(validation.targets) == 0:
         raise StageError("no user has three events, so there is nothing to validate on: give longer histories")
     if config.distillation and teaching.lists is None:

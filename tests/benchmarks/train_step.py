@@ -27,18 +27,18 @@ from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace
 from tests.benchmarks.report import report
 from training.distillation import LIST_LENGTH, NUM_SAMPLED, Continuations, TeacherLists
-from training.examples import Batch, Examples, epoch_batches, lesson_batches
+from training.examples import Examples, Lesson, continuation_lessons, epoch_batches, sequence_lessons
 from training.generator import build_model
 from training.item_memory import TEXT_WIDTH, KnownItems
 from training.learner import Learner, Teaching
 from training.pipeline import load_config
+from training.processes import Processes
 from training.sequences import Sequences
 from training.sft_config import SftConfig
 from training.tokenizer.clustered import NUM_LEVELS, default_num_clusters
 
 Result = TypeVar("Result")
 Shape = tuple[int, ...]
-Lesson = tuple[Batch, TeacherLists] | None
 
 NUM_USERS, NUM_ITEMS, SASREC_WIDTH = 22_363, 12_101, 64
 STEPS, RUNS = 8, 5
@@ -81,30 +81,29 @@ def measure(config: SftConfig) -> dict[str, float | int | str]:
     teaching = drawn_teaching(generator, config, train)
     model, vocabulary, renderer = build_model(config, catalog, Path(), teaching.known)
     examples = Examples(catalog, vocabulary, renderer)
-    learner = Learner(config, model, examples, teaching, total_steps=10 * STEPS * RUNS)
+    alone = Processes.alone()
+    learner = Learner(config, model, examples, teaching, 10 * STEPS * RUNS, alone)
     model.train()
-    numbered = Sequences(train.offsets, np.arange(len(train.items), dtype=np.int32))
-    epoch, shuffling_s = timed(lambda: list(epoch_batches(numbered, config, epoch=0)))
-    lessons = lesson_batches(teaching.continuations, examples, config, epoch=0)
+    epoch, shuffling_s = timed(lambda: list(epoch_batches(train, config, epoch=0)))
+    lessons = sequence_lessons(train, teaching.lists, examples, config, 0, alone)
+    further = continuation_lessons(teaching.continuations, examples, config, 0, alone)
 
-    def load(events: Sequences) -> tuple[Batch, TeacherLists | None, Lesson]:
-        batch = examples.batch(Sequences(events.offsets, train.items[events.items]))
-        return batch, teaching.lists.select(events.items) if teaching.lists is not None else None, next(lessons)
+    def load() -> tuple[Lesson, Lesson | None]:
+        return next(lessons), next(further)
 
-    chosen = epoch[:: len(epoch) // STEPS][:STEPS]  # their order is drawn
-    loaded = [load(events) for events in chosen]
+    loaded = [load() for _ in range(STEPS)]  # their order is drawn
     products = [MatrixProducts.of(partial(learner.step, *step)) for step in loaded]
     runs = []
     for _ in range(RUNS):
         run, start = Seconds(), time.perf_counter()
-        for events, step, recorded in zip(chosen, loaded, products, strict=True):
-            run.loading += timed(partial(load, events))[1]
+        for step, recorded in zip(loaded, products, strict=True):
+            run.loading += timed(load)[1]
             run.step += timed(partial(learner.step, *step))[1]
             run.bare += timed(recorded.run)[1]
         run.wall = time.perf_counter() - start
         run.loading += shuffling_s * STEPS / len(epoch)
         runs.append(run)
-    flops, tokens = sum(recorded.flops for recorded in products), sum(batch.token_ids.numel() for batch, _, _ in loaded)
+    flops, tokens = sum(recorded.flops for recorded in products), sum(one.batch.token_ids.numel() for one, _ in loaded)
 
     def median(of: Callable[[Seconds], float]) -> float:
         return statistics.median(map(of, runs))

@@ -1,11 +1,14 @@
 """Several processes of one launch do what one does."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from semantic_ids.quantizer import ResidualQuantizer
 from tests.training.conftest import Run, command, environment
@@ -63,3 +66,36 @@ def test_two_processes_give_the_sids_of_one(finished: Run, tmp_path: Path, metho
     assert codes_of(one.out) == codes_of(two.out)
     quantizers = [ResidualQuantizer.load(run.out / "tokenizer" / "quantizer") for run in (one, two)]
     np.testing.assert_allclose(quantizers[0].codebooks, quantizers[1].codebooks, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["sft.batch_size=5", "sft.item_memory=true", "sft.distillation=0.5", "sft.continuations=30"],
+        ["sft.batch_size=7", "sft.steps=[1,1,1]", "sft.step_clusters=4", "sft.moving_average=0.9"],
+    ],
+    ids=["with teachers", "with steps"],
+)
+def test_two_processes_train_the_generator_of_one(finished: Run, tmp_path: Path, settings: list[str]) -> None:
+    """Batches that they cannot share equally, some of one row; dropout is off, as each drops units of its own rows."""
+    one, two = (finished.copy(tmp_path / name) for name in ("one", "two"))
+    own = ["sft.dropout=0", "sft.max_epochs=2", *settings]
+    alone = subprocess.run(
+        command("sft", *one.args(*own, "--json")), env=environment(), timeout=120, capture_output=True, check=True
+    )
+    together = launch("-m", "training", "sft", *two.args(*own, "--json"))
+    assert together.returncode == 0, together.stderr
+    summaries = [json.loads(text) for text in (alone.stdout, together.stdout)]
+    for name in ("train_log_likelihood", "validation_log_likelihood"):
+        assert summaries[0][name] == pytest.approx(summaries[1][name], abs=1e-4)
+    weights = [load_file(run.out / "sft" / "model" / "model.safetensors") for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=2e-4, rtol=0)
+
+
+def test_a_loss_over_a_whole_batch_is_refused_on_several_processes(finished: Run, tmp_path: Path) -> None:
+    run = finished.copy(tmp_path / "run")
+    done = launch("-m", "training", "sft", *run.args("sft.steps=[1,1,1]", "sft.global_interest=0.1"))
+    assert done.returncode != 0
+    assert "2 processes have a part each: launch one, or leave it out" in done.stderr
