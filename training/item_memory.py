@@ -51,36 +51,44 @@ class KnownItems:
 
 
 class ItemMemory(nn.Module):
-    """The parameters behind a model's two tables; V tokens, of which those that no item has get nothing shared."""
+    """The parameters behind a model's two tables: a row for each of U tokens in use; the others have zeros."""
 
-    text: Tensor  # (V, F)
+    used: Tensor  # (U,) token ids: the special ones, and those of codes that some item has
+    text: Tensor  # (U, F)
 
     def __init__(self, catalog: Catalog, vocabulary: SidVocabulary, known: KnownItems, width: int) -> None:
         """`known` by catalogue rank."""
         super().__init__()
-        text = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.text))
+        self._num_tokens = vocabulary.vocab_size
+        special = np.arange(vocabulary.first_token_id)
+        used = np.concatenate([special, np.unique(vocabulary.token_ids(catalog.codes))])
+        text = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.text)[used])
+        self.register_buffer("used", torch.from_numpy(used), persistent=False)
         self.register_buffer("text", text, persistent=False)
-        start = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.collaborative))
-        self.own = nn.Parameter(torch.randn(vocabulary.vocab_size, width) * _ROW_STD + _placed(start, width))
+        start = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.collaborative)[used])
+        self.own = nn.Parameter(torch.randn(len(used), width) * _ROW_STD + _placed(start, width))
         self.projection = nn.Linear(text.shape[1], width, bias=False)
         nn.init.normal_(self.projection.weight, std=_ROW_STD / text.shape[1] ** 0.5)
         self.input_scale = nn.Parameter(torch.tensor(_INPUT_SCALE))
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Input rows and output rows, (V, D) each."""
-        rows = self.own + self.projection(self.text)
-        return rows * self.input_scale, rows
+    def rows(self) -> Tensor:
+        """Output rows, (V, D); an input row is `input_scale` times as long."""
+        rows = torch.addmm(self.own, self.text, self.projection.weight.T)
+        return rows.new_zeros(self._num_tokens, rows.shape[1]).index_copy(0, self.used, rows)
 
     def install(self, model: "PreTrainedModel") -> None:
         """Become the source of the model's tables: they are parameters no longer, and `bake` sets them."""
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embeddings = model.get_input_embeddings()
+        for module in (embeddings, model.get_output_embeddings()):
             del module.weight
-        model.get_input_embeddings().memory = self
+        embeddings.memory = self
+        # What is read is scaled, not the table: a few thousand rows in place of all.
+        embeddings.register_forward_hook(lambda _module, _inputs, read: read * self.input_scale)
         self.bake(model)
 
     def bake(self, model: "PreTrainedModel") -> None:
         """Set both tables to what the parameters are now; a gradient of the tables reaches the parameters."""
-        model.get_input_embeddings().weight, model.get_output_embeddings().weight = self.rows()
+        model.get_input_embeddings().weight = model.get_output_embeddings().weight = self.rows()
 
 
 def memory_of(model: "PreTrainedModel") -> ItemMemory | None:
@@ -96,7 +104,8 @@ def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
     if memory is None:
         return state
     with torch.no_grad():
-        tables = memory.rows()
+        rows = memory.rows()
+        tables = (rows * memory.input_scale, rows)
     names = {module: name for name, module in model.named_modules()}
     plain = {name: tensor for name, tensor in state.items() if ".memory." not in name}
     for module, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):

@@ -38,12 +38,15 @@ def test_a_row_is_its_own_part_and_the_projected_mean_of_the_items_beneath(tmp_p
     assert memory is not None
     beneath = CATALOG.codes[:, 1] == 1
     token = vocabulary.block(1).start + 1
-    expected = memory.own[token] + memory.projection(torch.from_numpy(TEXT[beneath].mean(axis=0)))
+    [place] = (memory.used == token).nonzero()[0].tolist()
+    expected = memory.own[place] + memory.projection(torch.from_numpy(TEXT[beneath].mean(axis=0)))
     torch.testing.assert_close(model.lm_head.weight[token], expected)
-    torch.testing.assert_close(model.get_input_embeddings().weight[token], expected * memory.input_scale)
+    read = model.get_input_embeddings()(torch.tensor([token]))[0]
+    torch.testing.assert_close(read, expected * memory.input_scale)
+    torch.testing.assert_close(plain_state(model)["model.embed_tokens.weight"][token], read.detach())
     nobody = vocabulary.block(0).start + 3  # the first level has three codes of four
     assert (CATALOG.codes[:, 0] != 3).all()
-    torch.testing.assert_close(model.lm_head.weight[nobody], memory.own[nobody])
+    assert (model.lm_head.weight[nobody] == 0).all()
 
 
 def test_every_parameter_learns_and_the_tables_are_none(tmp_path):
@@ -112,7 +115,8 @@ def test_rows_start_at_what_sasrec_knows_of_their_items(width):
     similarity = torch.zeros(len(wanted), len(wanted))
     for seed in range(200):
         torch.manual_seed(seed)
-        own = ItemMemory(CATALOG, vocabulary, known, width).own.detach()
+        memory = ItemMemory(CATALOG, vocabulary, known, width)
+        own = torch.zeros(vocabulary.vocab_size, width).index_copy(0, memory.used, memory.own.detach())
         rows = own[vocabulary.block(CATALOG.space.num_levels - 1)][: len(wanted)]
         similarity += rows @ rows.T
     other_than_itself = ~torch.eye(len(wanted), dtype=torch.bool)
