@@ -54,6 +54,7 @@ class ItemMemory(nn.Module):
     """The parameters behind a model's two tables: a row for each of U tokens in use; the others have zeros."""
 
     used: Tensor  # (U,) token ids: the special ones, and those of codes that some item has
+    place: Tensor  # (V,) of each token among them; U, which is none, for the others
     text: Tensor  # (U, F)
 
     def __init__(self, catalog: Catalog, vocabulary: SidVocabulary, known: KnownItems, width: int) -> None:
@@ -63,7 +64,10 @@ class ItemMemory(nn.Module):
         special = np.arange(vocabulary.first_token_id)
         used = np.concatenate([special, np.unique(vocabulary.token_ids(catalog.codes))])
         text = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.text)[used])
+        place = np.full(vocabulary.vocab_size, len(used))
+        place[used] = np.arange(len(used))
         self.register_buffer("used", torch.from_numpy(used), persistent=False)
+        self.register_buffer("place", torch.from_numpy(place), persistent=False)
         self.register_buffer("text", text, persistent=False)
         start = torch.from_numpy(_mean_by_token(catalog, vocabulary, known.collaborative)[used])
         self.own = nn.Parameter(torch.randn(len(used), width) * _ROW_STD + _placed(start, width))
@@ -72,9 +76,14 @@ class ItemMemory(nn.Module):
         self.input_scale = nn.Parameter(torch.tensor(_INPUT_SCALE))
 
     def rows(self) -> Tensor:
-        """Output rows, (V, D); an input row is `input_scale` times as long."""
-        rows = torch.addmm(self.own, self.text, self.projection.weight.T)
-        return rows.new_zeros(self._num_tokens, rows.shape[1]).index_copy(0, self.used, rows)
+        """Output rows of the tokens in use, (U, D); an input row is `input_scale` times as long."""
+        return torch.addmm(self.own, self.text, self.projection.weight.T)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What a plain model has: input rows and output rows of all tokens, (V, D) each."""
+        rows = self.rows()
+        table = rows.new_zeros(len(self.place), rows.shape[1]).index_copy(0, self.used, rows)
+        return table * self.input_scale, table
 
     def install(self, model: "PreTrainedModel") -> None:
         """Become the source of the model's tables: they are parameters no longer, and `bake` sets them."""
@@ -87,7 +96,10 @@ class ItemMemory(nn.Module):
         self.bake(model)
 
     def bake(self, model: "PreTrainedModel") -> None:
-        """Set both tables to what the parameters are now; a gradient of the tables reaches the parameters."""
+        """Set both tables to what the parameters are now, of tokens in use alone: `rows_of` says which row is whose.
+
+        A gradient of the tables reaches the parameters.
+        """
         model.get_input_embeddings().weight = model.get_output_embeddings().weight = self.rows()
 
 
@@ -97,6 +109,12 @@ def memory_of(model: "PreTrainedModel") -> ItemMemory | None:
     return memory
 
 
+def rows_of(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
+    """Where tokens stand in the model's tables: at their ids, unless there is a memory, which has fewer rows."""
+    memory = memory_of(model)
+    return token_ids if memory is None else memory.place[token_ids]
+
+
 def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
     """The weights of a plain checkpoint, without any memory and with both tables."""
     memory = memory_of(model)
@@ -104,8 +122,7 @@ def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
     if memory is None:
         return state
     with torch.no_grad():
-        rows = memory.rows()
-        tables = (rows * memory.input_scale, rows)
+        tables = memory.tables()
     names = {module: name for name, module in model.named_modules()}
     plain = {name: tensor for name, tensor in state.items() if ".memory." not in name}
     for module, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):

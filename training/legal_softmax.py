@@ -27,17 +27,21 @@ class ChildLogProbs:
         return self.log_probs.gather(1, torch.from_numpy(nodes - self.first_child)[:, None])[:, 0]
 
 
-def child_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, trie: SidTrie, prefix: Nodes) -> ChildLogProbs:
+def child_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, trie: SidTrie, prefix: Nodes, row_of_code: Tensor | None = None
+) -> ChildLogProbs:
     """Softmax over the children of each prefix.
 
-    `hidden` (P, D) predicts the code behind `prefix` (P,), nodes of one level, from the head's rows of the next level,
-    `weight` (K, D) and `bias` (K,). Prefixes are taken together, so that each one's rows are read once.
+    `hidden` (P, D) predicts the code behind `prefix` (P,), nodes of one level, from a head, `weight` (R, D) and `bias`
+    (R,), in which the next level's codes stand at `row_of_code` (K,); absent: at themselves. Prefixes are taken
+    together, so that each one's rows are read once.
     """
     distinct, group = np.unique(prefix, return_inverse=True)
     codes, is_legal, first_child = _padded_children(trie, distinct)
     num_prefixes, most_children = codes.shape
     place, most_rows = _places(group, num_prefixes)
     padded = hidden.new_zeros(num_prefixes * most_rows, hidden.shape[1]).index_copy(0, place, hidden)
+    codes = codes if row_of_code is None else row_of_code[codes]
     rows = weight[codes.ravel()].view(num_prefixes, most_children, -1)
     logits = torch.bmm(padded.view(num_prefixes, most_rows, -1), rows.transpose(1, 2))  # (prefixes, rows, children)
     if bias is not None:

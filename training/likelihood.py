@@ -11,11 +11,10 @@ from torch import Tensor
 
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
-from semantic_ids.decoding.tree_decoder import level_head
 from semantic_ids.trie import ROOT
 from training.distillation import TeacherLists, teacher_log_likelihood
 from training.examples import Batch, Examples, TargetSplit, prompt_windows
-from training.item_memory import memory_of
+from training.item_memory import memory_of, rows_of
 from training.legal_softmax import child_log_probs
 from training.processes import Processes
 from training.sft_config import SftConfig
@@ -66,18 +65,22 @@ def scores_of_targets(
     """As `log_likelihoods`, of outputs (B, T, D) that are there already."""
     path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
     all_paths = catalog.trie.path_of_rank(np.arange(len(catalog))) if teacher is not None else path  # (N, L)
+    head = model.get_output_embeddings()
     total, expected = torch.zeros(len(path)), torch.zeros(len(path))
     for level in range(vocabulary.space.num_levels):
         prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
         open_items = np.flatnonzero(~catalog.trie.has_one_child(prefix))  # what is forced adds exactly 0
         if not len(open_items):
             continue
+        block = vocabulary.block(level)
         places, prefix, node = torch.from_numpy(open_items), prefix[open_items], path[open_items, level]
         scores = child_log_probs(
             hidden[batch.rows[places], batch.positions[places, level]],
-            *level_head(model, vocabulary, level),
+            head.weight,
+            getattr(head, "bias", None),
             catalog.trie,
             prefix,
+            rows_of(model, torch.arange(block.start, block.stop)),
         )
         total = total.index_add(0, places, scores.of(node))
         if teacher is not None:
@@ -106,5 +109,6 @@ def mean_target_log_likelihood(
 
 
 def embed(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
-    embedded: Tensor = model.get_input_embeddings()(token_ids.to(model.device))
+    """The input rows of tokens, (…) → (…, D), with what a model's training does to them."""
+    embedded: Tensor = model.get_input_embeddings()(rows_of(model, token_ids.to(model.device)))
     return embedded

@@ -12,9 +12,9 @@ from tests.training.test_sft import CATALOG, CYCLE, NUM_ITEMS, VALIDATION, confi
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.examples import Examples
 from training.generator import TrainedModel, build_model, compact_vocabulary
-from training.item_memory import TEXT_WIDTH, ItemMemory, KnownItems, memory_of, plain_state
+from training.item_memory import TEXT_WIDTH, ItemMemory, KnownItems, memory_of, plain_state, rows_of
 from training.learner import Teaching
-from training.likelihood import item_log_likelihood
+from training.likelihood import embed, item_log_likelihood
 from training.sft import SftSummary, run
 from training.stage import StageError, StageFolder
 
@@ -40,13 +40,16 @@ def test_a_row_is_its_own_part_and_the_projected_mean_of_the_items_beneath(tmp_p
     token = vocabulary.block(1).start + 1
     [place] = (memory.used == token).nonzero()[0].tolist()
     expected = memory.own[place] + memory.projection(torch.from_numpy(TEXT[beneath].mean(axis=0)))
-    torch.testing.assert_close(model.lm_head.weight[token], expected)
-    read = model.get_input_embeddings()(torch.tensor([token]))[0]
+    torch.testing.assert_close(model.lm_head.weight[rows_of(model, torch.tensor(token))], expected)
+    read = embed(model, torch.tensor([token]))[0]
     torch.testing.assert_close(read, expected * memory.input_scale)
     torch.testing.assert_close(plain_state(model)["model.embed_tokens.weight"][token], read.detach())
+    torch.testing.assert_close(plain_state(model)["lm_head.weight"][token], expected.detach())
     nobody = vocabulary.block(0).start + 3  # the first level has three codes of four
     assert (CATALOG.codes[:, 0] != 3).all()
-    assert (model.lm_head.weight[nobody] == 0).all()
+    assert (plain_state(model)["lm_head.weight"][nobody] == 0).all()
+    with pytest.raises(IndexError):
+        embed(model, torch.tensor([nobody]))
 
 
 def test_every_parameter_learns_and_the_tables_are_none(tmp_path):

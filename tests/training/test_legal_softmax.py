@@ -31,6 +31,11 @@ def test_it_is_the_served_score_for_any_catalogue_and_any_mix_of_prefixes(seed, 
     codes = torch.from_numpy(trie.tokens[path[:, level]].astype(np.int64))[:, None]
     torch.testing.assert_close(scores.of(path[:, level]), expected.gather(1, codes)[:, 0])
     torch.testing.assert_close(scores.log_probs.exp().sum(dim=1), torch.ones(num_rows))
+    order = torch.randperm(6, generator=generator)  # the same head with its rows elsewhere
+    elsewhere = child_log_probs(
+        hidden, weight[order], None if bias is None else bias[order], trie, prefix, order.argsort()
+    )
+    torch.testing.assert_close(elsewhere.log_probs, scores.log_probs)
     ours = torch.autograd.grad(scores.of(path[:, level]).sum(), inputs)
     theirs = torch.autograd.grad(expected.gather(1, codes).sum(), inputs)
     for one, other in zip(ours, theirs, strict=True):
