@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from semantic_ids.bundle import load_text_tokenizer
 from semantic_ids.catalog import Catalog
@@ -133,10 +133,22 @@ def _add_dropout(model: "PreTrainedModel", share: float) -> None:
 
     def drop(module: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         if isinstance(output, tuple):
-            return functional.dropout(output[0], share, module.training), *output[1:]
-        return functional.dropout(output, share, module.training)
+            return _dropped(output[0], share if module.training else 0.0), *output[1:]
+        return _dropped(output, share if module.training else 0.0)
 
     for layer in model.base_model.layers:
         layer.self_attn.register_forward_hook(drop)
         layer.mlp.register_forward_hook(drop)
     model.get_input_embeddings().register_forward_hook(drop)
+
+
+def _dropped(values: Tensor, share: float) -> Tensor:
+    """Dropout by 16 random bits a number, four numbers a draw: `functional.dropout` draws one at a time, and is slower.
+
+    So `share` is rounded to 1 / 65,536.
+    """
+    if not share:
+        return values
+    draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device).random_(-(2**63), None)
+    is_kept = draws.view(torch.int16)[: values.numel()].view(values.shape) >= round(share * 2**16) - 2**15
+    return values * is_kept.to(values.dtype).mul_(1 / (1 - share))

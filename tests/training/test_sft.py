@@ -29,7 +29,7 @@ from semantic_ids.prompt import (
 )
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
 from training.examples import Examples, TargetSplit, epoch_batches, history_items, prompt_windows
-from training.generator import MODEL, TrainedModel, build_model
+from training.generator import MODEL, TrainedModel, _dropped, build_model
 from training.likelihood import item_log_likelihood
 from training.sequences import Sequences
 from training.sft import CHECKPOINT, SftSummary, run
@@ -264,6 +264,22 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
     with torch.inference_mode():
         assert torch.equal(model.train(False)(token_ids).logits, model(token_ids).logits)
         assert not torch.equal(model.train(True)(token_ids).logits, model(token_ids).logits)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_wherever_a_number_stands_and_keeps_the_mean(share):
+    """4,001 rows of seven: no multiple of the four numbers of a draw. Five standard errors are allowed."""
+    torch.manual_seed(0)
+    values = torch.ones(4001, 7, requires_grad=True)
+    dropped = _dropped(values, share)
+    is_kept = dropped.detach() != 0
+    assert np.unique(dropped.detach()[is_kept].numpy()) == pytest.approx([1 / (1 - share)])
+    assert is_kept.float().mean(dim=0).numpy() == pytest.approx(np.full(7, 1 - share), abs=5 * 0.5 / 4001**0.5)
+    pairs = is_kept[:, :-1].float() - (1 - share), is_kept[:, 1:].float() - (1 - share)
+    assert abs(float((pairs[0] * pairs[1]).mean())) < 5 * share * (1 - share) / 24_006**0.5
+    (gradient,) = torch.autograd.grad(dropped.sum(), values)
+    assert torch.equal(gradient, dropped.detach())
+    assert _dropped(values, 0.0) is values
 
 
 @pytest.mark.parametrize(("architecture", "thinking"), [("llama", False), ("qwen3", False), ("llama", True)])
