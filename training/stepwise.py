@@ -157,9 +157,9 @@ class GlobalInterest(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        config = type(model.config)(**model.config.to_dict() | {"vocab_size": 1, "pad_token_id": 0})
-        config.num_hidden_layers = max(1, model.config.num_hidden_layers // 2)
-        config.layer_types = None
+        lighter = {"num_hidden_layers": max(1, model.config.num_hidden_layers // 2), "layer_types": None}
+        without_words = {"vocab_size": 1, "pad_token_id": 0}
+        config = type(model.config)(**model.config.to_dict() | lighter | without_words)
         self.decoder = AutoModel.from_config(config)
         del self.decoder.embed_tokens  # it reads the model's own rows
         self._weight = weight

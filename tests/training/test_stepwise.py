@@ -101,8 +101,9 @@ class TestClusters:
             assert gradient.abs().sum(dim=(0, 2)).nonzero()[:, 0].tolist() == levels
 
 
-def test_the_general_interest_contrasts_other_items_only_and_pulls_the_first_step_without_being_pulled():
-    model, _, _ = build_model(config_of(steps=(1, 1, 1), num_layers=4), CATALOG, Path())
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_the_general_interest_contrasts_other_items_only_and_pulls_the_first_step_without_being_pulled(architecture):
+    model, _, _ = build_model(config_of(steps=(1, 1, 1), num_layers=4, architecture=architecture), CATALOG, Path())
     interest = GlobalInterest(model, weight=0.5)
     assert interest.decoder.config.num_hidden_layers == 2
     torch.manual_seed(0)
