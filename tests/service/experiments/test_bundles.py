@@ -14,10 +14,12 @@ import pytest_asyncio
 from semantic_ids.bundle import Bundle, activate, publish
 from service.app import make_engine
 from service.engine.base import DecodeRequest, DecodeResult, Engine, EngineUnavailableError, ThoughtListener
+from service.errors import UnavailableProblem
 from service.metrics import Metrics
+from service.recommender import Recommender
 from service.settings import Settings
 from tests.service.engines import FailingEngine, InstantEngine, SlowEngine
-from tests.service.running import Service, event, running
+from tests.service.running import Service, assert_problem, event, running
 from tests.service.running import until as until_true
 from tests.service.world import ITEM_IDS, ITEMS, ids_of, make_parts, scores_of
 
@@ -376,6 +378,21 @@ async def test_each_engine_has_its_own_breaker_and_line_which_go_with_it(
     engines.make[world.second] = Backwards
     await put(service, experiment(world.second) | {"name": "again"})
     await until_true(lambda: breaker(world.second) == 0)
+
+
+async def test_with_bundles_side_by_side_nobody_is_refused_before_it_is_known_which_one_answers(
+    service: Service, world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """A body that is wrong tells which came first: the engine's line, or validation."""
+
+    def is_full(_recommender: Recommender, _left_s: float) -> None:
+        raise UnavailableProblem("on purpose", kind="overloaded")
+
+    monkeypatch.setattr(Recommender, "refuse_late", is_full)
+    wrong = {"history": HISTORY, "num_items": 0}
+    assert_problem(await service.post("/recommend", wrong), 503, "overloaded")
+    await begin(service, experiment(world.second))
+    assert_problem(await service.post("/recommend", wrong), 422, "invalid-request")
 
 
 async def test_an_item_is_put_and_deleted_in_both_arms(service: Service, world: World):
