@@ -37,6 +37,7 @@ NUM_SAMPLED = 4
 SASREC_SHARE = 0.7
 """Of the two teachers' probabilities; the better mixture of the two on Beauty's validation split."""
 _USERS_AT_ONCE = 400
+_SCORES_AT_ONCE = 1 << 23  # of a teacher: 32 MB, and some times that in work
 _ROUNDING = 1e-9
 
 
@@ -98,9 +99,10 @@ def sample_continuations(
     parts: list[npt.NDArray[np.int32]] = []
     lists = TeacherLists.empty(count * (NUM_SAMPLED - 1))
     of_sequence = np.arange(count * (NUM_SAMPLED - 1)).reshape(count, NUM_SAMPLED - 1)
+    at_once = max(1, _SCORES_AT_ONCE // item_knn.table.shape[0])
     with progress_bar("sft: continuations", count) as bar:
-        for start in range(0, count, _USERS_AT_ONCE):
-            some = users[start : start + _USERS_AT_ONCE]
+        for start in range(0, count, at_once):
+            some = users[start : start + at_once]
             sequences = [train[user] for user in some]
             for step in range(NUM_SAMPLED):
                 expected = _expected_next(Sequences.of(sequences), sasrec, item_knn)

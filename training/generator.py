@@ -19,6 +19,7 @@ from semantic_ids.prompt import (
     COMPACT_VERSION,
     STEPWISE_VERSION,
     THINKING_VERSION,
+    PromptError,
     PromptRenderer,
     PromptSpec,
     make_renderer,
@@ -78,7 +79,10 @@ def build_model(
         version = STEPWISE_VERSION if any(config.steps) else COMPACT_VERSION
         steps = config.steps if any(config.steps) else ()
         spec = PromptSpec(version=version, max_history=config.max_history, steps=steps)
-        return model, vocabulary, make_renderer(spec, vocabulary)
+        try:
+            return model, vocabulary, make_renderer(spec, vocabulary)
+        except PromptError as error:
+            raise StageError(f"sft.steps={list(config.steps)}: {error}") from error
     extended = extend_pretrained(config.base_model, catalog.space, config.seed)
     if is_main_process():
         extended.tokenizer.save_pretrained(folder / MODEL)

@@ -159,9 +159,11 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, pretrained):
         config_of(base_model=str(pretrained["llama"]), steps=(1, 1, 1))
     with pytest.raises(ValidationError, match=r"learns: give sft\.steps too"):
         config_of(global_interest=0.1, steps=(0, 1, 1))
+    with pytest.raises(StageError, match=r"sft.steps=\[1, 1\]: stepwise prompts have a number of steps for each of 3"):
+        train(tmp_path / "steps", steps=(1, 1))
     config = config_of(step_clusters=2)
     with pytest.raises(StageError, match="step_clusters=2 needs the codebooks"):
-        run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path, config, {}))
+        run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path / "clusters", config, {}))
 
 
 def test_a_stepwise_model_goes_from_data_to_a_bundle(finished: Run, cli: Cli, tmp_path: Path) -> None:
