@@ -31,6 +31,7 @@ from service.engine.base import Engine, EngineError
 from service.experiments.runtime import ServedBundles
 from service.item_store import ItemStoreError
 from service.live_catalog import LiveCatalog
+from service.memory import give_back
 from service.metrics import Metrics
 from service.recommender import Recommender
 
@@ -485,6 +486,7 @@ class Deployments:
         await deployment.drain()
         self._ending.remove(deployment)
         await deployment.stop()
+        give_back()
         self._forget_series(deployment.bundle_id)
         log.info("retired", bundle=deployment.bundle_id)
 

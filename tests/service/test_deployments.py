@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import shutil
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -174,6 +175,22 @@ async def test_switching_on_and_on_leaves_no_process_file_or_mapping(
         # What the last switch holds for a moment goes; what each one leaves does not.
         await until(lambda: all(now <= then + 2 for now, then in zip(held(), least, strict=True)))
     await until(lambda: not any(map(is_alive, pids)))
+
+
+async def test_what_a_bundle_leaves_in_cycles_is_collected_when_it_goes(
+    switching: Service, two_bundles: tuple[Path, str, str], request: pytest.FixtureRequest
+):
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    request.addfinalizer(gc.enable)
+    gc.disable()
+    left = weakref.ref(Cycle())
+    assert left() is not None
+    activated = await switching.post(f"/admin/bundles/{two_bundles[2]}/activate", {})
+    assert activated.status_code == 200, activated.text
+    await until(lambda: left() is None)
 
 
 async def test_what_an_activation_starts_does_not_log_as_its_request(
