@@ -73,7 +73,8 @@ async def answers(url: str) -> bool:
 
 
 async def has_restarted(server: EmbeddedRedis, url: str, old_pid: int) -> bool:
-    return server.pid not in {None, old_pid} and await answers(url)
+    """The start is over: a server answers a little before that."""
+    return server.pid not in {None, old_pid} and server.is_owner and await answers(url)
 
 
 def socket_of(url: str) -> Path:
