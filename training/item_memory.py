@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 import torch
 from torch import Tensor, nn
 
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.quantizer import Vectors
+from training.directions import strongest_directions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,11 +39,7 @@ class KnownItems:
     @classmethod
     def of(cls, text: Vectors, collaborative: Vectors) -> "KnownItems":
         """From any vectors: of the text the strongest directions, centred."""
-        strongest = np.asarray(text, np.float32) - text.mean(axis=0, dtype=np.float32)
-        if strongest.shape[1] > TEXT_WIDTH:
-            directions = scipy.linalg.svd(strongest, full_matrices=False)[2]  # in order of strength
-            strongest = (strongest @ directions[:TEXT_WIDTH].T).astype(np.float32)
-        return cls(_scaled(strongest), _scaled(np.asarray(collaborative, np.float32)))
+        return cls(_scaled(strongest_directions(text, TEXT_WIDTH)), _scaled(np.asarray(collaborative, np.float32)))
 
     def select(self, items: npt.NDArray[np.integer]) -> "KnownItems":
         """Of these items, in this order."""

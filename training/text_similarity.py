@@ -5,6 +5,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from training.collaborative import last_of_each
+from training.directions import unit
 from training.sequences import Sequences
 
 LAST_ITEMS = 5
@@ -16,17 +17,12 @@ class TextSimilarity:
 
     def __init__(self, vectors: npt.NDArray[np.float32]) -> None:
         """`vectors` (N, D), of any length; an item of vector 0 is like no other."""
-        self._unit = _unit(np.asarray(vectors, np.float32))
+        self._unit = unit(np.asarray(vectors, np.float32))
 
     def scores(self, histories: Sequences) -> npt.NDArray[np.float32]:
         """Cosines (B, N); all 0 for an empty history."""
         recent = last_of_each(histories, LAST_ITEMS)
         shape = (len(recent), len(self._unit))
         weights = sparse.csr_array((np.ones(len(recent.items), np.float32), recent.items, recent.offsets), shape=shape)
-        scores: npt.NDArray[np.float32] = _unit(weights @ self._unit) @ self._unit.T
+        scores: npt.NDArray[np.float32] = unit(weights @ self._unit) @ self._unit.T
         return scores
-
-
-def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-    return unit

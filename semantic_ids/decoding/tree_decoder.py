@@ -181,7 +181,7 @@ class TreeDecoder:
 
 
 def level_head(model: "PreTrainedModel", vocabulary: SidVocabulary, level: int) -> tuple[Tensor, Tensor | None]:
-    """The output rows of one level's codes, (K, D), and their bias, (K,) or None, for training and decoding."""
+    """The output rows of one level's codes, (K, D), and their bias, (K,) or None."""
     return _head(model, vocabulary.block(level))
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from semantic_ids.codes import MAX_CODEBOOK_SIZE, Codes, SidSpace
 from semantic_ids.quantizer import Vectors, squared_distances
+from training.directions import strongest_directions, unit
 from training.stage import StageError
 
 NUM_LEVELS = 2
@@ -33,9 +34,9 @@ def clustered_codes(
             f"the method clustered gives every item a code of its own, at most {MAX_CODEBOOK_SIZE:,}, and here are "
             f"{num_items:,} items: take another tokenizer.method"
         )
-    points = _unit(strongest_directions(text, TEXT_WIDTH))
+    points = unit(strongest_directions(text, TEXT_WIDTH))
     if collaborative is not None:
-        points = np.concatenate([points, weight * _unit(collaborative)], axis=1)
+        points = np.concatenate([points, weight * unit(collaborative)], axis=1)
     cluster = capped_clusters(points, default_num_clusters(num_items), threads, seed)
     codes = np.empty((num_items, NUM_LEVELS), np.uint16)
     codes[:, 0] = cluster
@@ -62,14 +63,6 @@ def capped_clusters(points: Vectors, num_clusters: int, threads: int, seed: int)
     return _stable_assignment(distances, int(np.ceil(_LARGEST_CLUSTER * len(points) / num_clusters)))
 
 
-def strongest_directions(vectors: Vectors, width: int) -> Vectors:
-    """Centred vectors (N, D) in the `width` directions in which they vary most, (N, min(D, width))."""
-    centred = np.asarray(vectors, np.float32) - vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
-    _, directions = np.linalg.eigh(centred.T @ centred)  # ascending
-    strongest: Vectors = centred @ directions[:, : -width - 1 : -1]
-    return strongest
-
-
 def _stable_assignment(distances: npt.NDArray[np.float32], most: int) -> npt.NDArray[np.int64]:
     """Deferred acceptance: rows (N, C) propose to columns from the nearest on, a column keeps its `most` nearest.
 
@@ -87,8 +80,3 @@ def _stable_assignment(distances: npt.NDArray[np.float32], most: int) -> npt.NDA
         place = np.arange(num_rows) - start[assigned[order]]
         assigned[order[place >= most]] = -1
     return assigned
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    unit: Vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-    return unit

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training.directions import strongest_directions
 from training.stage import StageError
 from training.tokenizer.clustered import (
     _stable_assignment,
     capped_clusters,
     clustered_codes,
     default_num_clusters,
-    strongest_directions,
 )
 from training.tokenizer.config import TokenizerConfig
 
