@@ -6,6 +6,7 @@ model's vocabulary the L·K tokens are one contiguous block, level by level, fro
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,11 @@ class SidSpace:
             raise SidError(f"code {code} is outside this codebook of {self.codebook_size} codes")
         return f"<{chr(ord('a') + level)}_{code}>"
 
+    @cached_property
+    def _template(self) -> str:
+        """Of a SID: `<a_%d><b_%d>`."""
+        return "".join(f"<{chr(ord('a') + level)}_%d>" for level in range(self.num_levels))
+
     def all_tokens(self) -> list[str]:
         """Every token string in block order, to extend a tokenizer's vocabulary."""
         return [self.token(level, code) for level in range(self.num_levels) for code in range(self.codebook_size)]
@@ -71,7 +77,10 @@ class SidSpace:
         """The written form of one SID of exactly L codes."""
         if len(codes) != self.num_levels:
             raise SidError(f"a SID here has {self.num_levels} codes, not {len(codes)}: {list(codes)}")
-        return "".join(self.token(level, int(code)) for level, code in enumerate(codes))
+        plain = tuple(map(int, codes))
+        if min(plain) >= 0 and max(plain) < self.codebook_size:
+            return self._template % plain
+        return "".join(self.token(level, code) for level, code in enumerate(plain))  # raises, and says which
 
     def parse(self, text: str) -> tuple[int, ...]:
         """The L codes of a written SID; anything else, however near, raises `SidError`."""

@@ -17,24 +17,35 @@ from service import strict_json
 from service.errors import MalformedProblem, UnsupportedMediaProblem
 from service.schemas import DEFAULT_DEADLINE_MS, DeadlineMs, UserRequest
 from service.security import Caller
-from service.state import State
+from service.state import state_of
 
 _DEADLINE_MS: TypeAdapter[int] = TypeAdapter(DeadlineMs)
 
 
-async def caller_of(request: Request) -> Caller:
-    """Whose request it is, counted once against the key's rate limit."""
-    known: Caller | None = request.scope.get("sidrec_caller")
-    if known is None:
-        state: State = request.app.state.sidrec
-        known = state.api_keys.check(request.headers.get("x-api-key"))
-        await state.rate_limits.take(known)
-        request.scope["sidrec_caller"] = known
-    return known
+_CALLER = "sidrec_caller"
+
+
+def caller_of(request: Request) -> Caller:
+    """Whose request it is, on a `StrictRoute`."""
+    caller: Caller = request.scope[_CALLER]
+    return caller
+
+
+async def _identify(request: Request) -> None:
+    """By its key, counted against the key's rate limit."""
+    state = state_of(request)
+    caller = state.api_keys.check(request.headers.get("x-api-key"))
+    await state.rate_limits.take(caller)
+    request.scope[_CALLER] = caller
 
 
 class StrictRoute(APIRoute):
-    """A route for callers with a key, whose body is strict JSON."""
+    """A route for callers with a key, where keys are configured, whose body is strict JSON."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - FastAPI's own
+        """FastAPI's arguments; the key is the operation's security in the schema."""
+        super().__init__(*args, **options)
+        self.openapi_extra = (self.openapi_extra or {}) | {"security": [{"ApiKey": []}]}
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, behind the checks."""
@@ -43,13 +54,13 @@ class StrictRoute(APIRoute):
         asks_engine = isinstance(body_type, type) and issubclass(body_type, UserRequest)
 
         async def checked(request: Request) -> Response:
-            await caller_of(request)
+            await _identify(request)
             _check_address(request.scope)
             if body_type is not None:
                 request = _StrictRequest(request.scope, request.receive)
                 value = await request.json()  # here, because FastAPI would hide the reason of a failure
                 if asks_engine and (deadline_ms := _deadline_ms(value, request)) is not None:
-                    request.app.state.sidrec.deployments.refuse_late(deadline_ms / 1000)
+                    state_of(request).deployments.refuse_late(deadline_ms / 1000)
             return await answer(request)
 
         return checked

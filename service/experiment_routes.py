@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
 
 from service.access import StrictRoute
@@ -11,8 +11,8 @@ from service.experiments.config import Experiment, ExperimentsConfigError
 from service.experiments.exposures import ExposuresUnavailableError
 from service.experiments.report import ExperimentReport
 from service.experiments.runtime import ExperimentsFileError, UnknownExperimentError
-from service.routes import PROBLEMS, StateDep, administers
-from service.state import State
+from service.routes import PROBLEMS, administers
+from service.state import State, state_of
 
 router = APIRouter(
     route_class=StrictRoute,
@@ -45,14 +45,16 @@ class ExperimentsResponse(BaseModel):
 
 
 @router.get("")
-async def experiments(state: StateDep) -> ExperimentsResponse:
+async def experiments(request: Request) -> ExperimentsResponse:
     """Every layer and experiment, and what those wait for that run and are not in force here."""
+    state = state_of(request)
     return _as_they_are(state)
 
 
 @router.get("/{name}/report")
-async def report(name: str, state: StateDep) -> ExperimentReport:
+async def report(name: str, request: Request) -> ExperimentReport:
     """What an experiment shows so far; its always-valid p-values may be read at any time."""
+    state = state_of(request)
     try:
         return await state.experiments.report(name)
     except UnknownExperimentError as error:
@@ -63,9 +65,10 @@ async def report(name: str, state: StateDep) -> ExperimentReport:
 
 @router.put("/{name}")
 async def put_experiment(
-    name: str, body: Experiment, state: StateDep, layer: Annotated[str, Query(min_length=1, max_length=64)] = "default"
+    name: str, body: Experiment, request: Request, layer: Annotated[str, Query(min_length=1, max_length=64)] = "default"
 ) -> ExperimentsResponse:
     """Add an experiment to a layer, or change it so far as nobody in it leaves it or changes variant."""
+    state = state_of(request)
     if body.name != name:
         raise BadRequestProblem(
             f"the path names {name!r} and the body {body.name!r}",
@@ -84,8 +87,9 @@ async def put_experiment(
 
 
 @router.delete("/{name}", status_code=204)
-async def remove_experiment(name: str, state: StateDep) -> None:
+async def remove_experiment(name: str, request: Request) -> None:
     """Remove an experiment: its users are assigned no more. What was counted stays until it expires."""
+    state = state_of(request)
     try:
         await state.experiments.remove(name)
     except ExperimentsConfigError as error:

@@ -265,7 +265,7 @@ class Histories:
     async def erase(self, user_id: str) -> int:
         """Forget the user: every key goes. Returns how many there were."""
         with _typed_failure():
-            return int(await self._redis.unlink(*self._keys(user_id).all()))
+            return int(await self._redis.unlink(*self._keys(user_id)))
 
     async def import_histories(
         self,
@@ -342,14 +342,14 @@ class Histories:
         # Not AsyncScript on a pipeline: it asks SCRIPT EXISTS before every execution, a second round trip.
         sha = _SHA[script]
         if len(calls) == 1:  # as every read is: a pipeline's bookkeeping would cost 50 µs
-            names = calls[0].keys.all()
+            names = calls[0].keys
             try:
                 return [await self._redis.evalsha(sha, len(names), *names, *calls[0].args)]
             except ResponseError as refusal:
                 return [refusal]
         async with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
-                names = call.keys.all()
+                names = call.keys
                 pipeline.evalsha(sha, len(names), *names, *call.args)
             replies: list[Any] = await pipeline.execute(raise_on_error=False)
         return replies

@@ -225,12 +225,8 @@ def _summarise(operation: Json) -> None:
 
 
 def _complete_parameters(operation: Json, schemas: Json) -> None:
-    """A parameter may be absent, never null; the API key is a security scheme."""
-    parameters = operation.get("parameters", [])
-    if any(parameter["name"] == _API_KEY for parameter in parameters):
-        operation["security"] = [{"ApiKey": []}]
-        operation["parameters"] = parameters = [one for one in parameters if one["name"] != _API_KEY]
-    for parameter in parameters:
+    """A parameter may be absent, never null."""
+    for parameter in operation.get("parameters", []):
         schema = parameter["schema"]
         if "anyOf" in schema:
             given = [one for one in schema.pop("anyOf") if one != {"type": "null"}]

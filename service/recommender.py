@@ -13,9 +13,10 @@ import asyncio
 import copy
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count, repeat
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -376,8 +377,9 @@ class Recommender:
         if (result := decoded.result) is not None:
             chosen = mmr(result.scores, self._catalog.codes[result.ranks], wanted, diversity)
             propensity = np.ones(len(chosen)) if result.propensity is None else result.propensity[chosen]
-            shown = zip(result.ranks[chosen].tolist(), result.scores[chosen].tolist(), propensity.tolist(), strict=True)
-            return [self._item(rank, place, *scored) for place, (rank, *scored) in enumerate(shown, start=1)]
+            places = range(1, len(chosen) + 1)
+            scores = result.scores[chosen].tolist()
+            return self._recommended(result.ranks[chosen], places, scores, propensity.tolist(), repeat("model"))
         return []
 
     def _fallback(
@@ -404,10 +406,9 @@ class Recommender:
         added = fallback_items(asked, item_filter, wanted - len(items), already=already)
         for item in added:
             self._metrics.fallback_items.labels(item.source).inc()
-        return [
-            self._item(item.rank, place, None, source="cache" if item.source == CACHE else "fallback")
-            for place, item in enumerate(added, start=len(items) + 1)
-        ]
+        ranks = np.array([item.rank for item in added], np.int64)
+        sources: Iterator[Source] = ("cache" if item.source == CACHE else "fallback" for item in added)
+        return self._recommended(ranks, count(len(items) + 1), repeat(None), repeat(1.0), sources)
 
     def _remember(self, request: RecommendRequest, tenant: str, context: UserContext, decoded: Decoded) -> None:
         """Keep what the model answered, unless it explored, for when it cannot: unseen items, best first."""
@@ -454,18 +455,29 @@ class Recommender:
         """The user is erased: so is the kept answer."""
         self._answers.forget(cache_key(tenant, user_id, None))
 
-    def _item(
-        self, rank: int, place: int, score: float | None, propensity: float = 1.0, *, source: Source = "model"
-    ) -> RecommendedItem:
-        return RecommendedItem(
-            item_id=self._catalog.item_ids[rank],
-            rank=place,
-            score=score,
-            sid=self._catalog.sid(rank),
-            title=self._catalog.titles[rank],
-            source=source,
-            propensity=propensity,
-        )
+    def _recommended(
+        self,
+        ranks: Ranks,
+        places: Iterable[int],
+        scores: Iterable[float | None],
+        propensities: Iterable[float],
+        sources: Iterable[Source],
+    ) -> list[RecommendedItem]:
+        """Items as an answer shows them, as many as `ranks`, (M,)."""
+        item_ids, titles = self._catalog.item_ids.take(ranks), self._catalog.titles.take(ranks)
+        shown = zip(ranks.tolist(), item_ids, titles, places, scores, propensities, sources, strict=False)
+        return [
+            RecommendedItem(
+                item_id=item_id,
+                rank=place,
+                score=score,
+                sid=self._catalog.sid(rank),
+                title=title,
+                source=source,
+                propensity=propensity,
+            )
+            for rank, item_id, title, place, score, propensity, source in shown
+        ]
 
     def _answer(
         self, call: "_Call", context: UserContext, decoded: Decoded, *, endpoint: str, source: Source | None = None

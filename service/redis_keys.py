@@ -6,7 +6,8 @@ no brace, colon, space or foreign script in a user id can move the tag or meet a
 """
 
 import re
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 PREFIX = "sidrec"
@@ -14,9 +15,8 @@ DEFAULT_NAMESPACE = "default"
 """The namespace of a key without a tenant: the namespace of a user is the tenant of the key that asks."""
 
 
-@dataclass(frozen=True)
-class UserKeys:
-    """Every key that holds anything of one user: to erase them all is to erase the user."""
+class UserKeys(NamedTuple):
+    """Every key that holds anything of one user: to erase them all is to erase the user. The KEYS of the scripts."""
 
     history: str
     """ZSET: `<arrival>:<event type>:<item>` by timestamp."""
@@ -35,16 +35,11 @@ class UserKeys:
     think_ahead: str
     """STRING: there while a worker is asked to think for the user; expires by itself."""
 
-    def all(self) -> tuple[str, ...]:
-        """All of them, in the order of the fields: the KEYS of the scripts."""
-        names: tuple[str, ...] = astuple(self)
-        return names
-
 
 def user_keys(user_id: str, namespace: str = DEFAULT_NAMESPACE) -> UserKeys:
     """The keys of one user; different (namespace, user) pairs never share one."""
     tag = f"{_encoded(namespace)}:{_encoded(user_id)}"
-    return UserKeys(*(f"{PREFIX}:{{{tag}}}:{field.name.replace('_', '-')}" for field in fields(UserKeys)))
+    return UserKeys(*(f"{PREFIX}:{{{tag}}}:{name.replace('_', '-')}" for name in UserKeys._fields))
 
 
 def history_pattern(namespace: str | None = None) -> str:

@@ -42,10 +42,10 @@ from service.schemas import (
     UserRequest,
     VersionsResponse,
 )
-from service.security import Caller, require_admin
+from service.security import require_admin
 from service.served_log import ServedLogUnavailableError
 from service.sse import EventStream, prefers_events
-from service.state import State
+from service.state import State, state_of
 
 T = TypeVar("T")
 R = TypeVar("R", bound=UserRequest)
@@ -70,35 +70,19 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def get_state(request: Request) -> State:
-    """The application's state, there from start-up on."""
-    state: State = request.app.state.sidrec
-    return state
-
-
-StateDep = Annotated[State, Depends(get_state)]
-
-
-async def admitted(state: StateDep) -> AsyncIterator[None]:
+async def admitted(request: Request) -> AsyncIterator[None]:
     """A slot for as long as the request lasts."""
-    with state.admission.slot():
+    with state_of(request).admission.slot():
         yield
 
 
-async def keyed(request: Request, x_api_key: Annotated[str | None, Header()] = None) -> Caller:
-    """A valid API key, where keys are configured; the parameter is for the schema alone."""
-    return await caller_of(request)
-
-
-CallerDep = Annotated[Caller, Depends(keyed)]
-
-api = APIRouter(route_class=StrictRoute, dependencies=[Depends(keyed)], responses=PROBLEMS)  # type: ignore[arg-type]
+api = APIRouter(route_class=StrictRoute, responses=PROBLEMS)  # type: ignore[arg-type]
 operations = APIRouter(tags=["operations"])
 
 
-async def administers(caller: CallerDep) -> Caller:
+async def administers(request: Request) -> None:
     """An administrator's key, where keys are configured."""
-    return require_admin(caller)
+    require_admin(caller_of(request))
 
 
 admin = APIRouter(
@@ -120,9 +104,10 @@ DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
     responses=_STREAMED,
 )
 async def recommend(
-    body: RecommendRequest, request: Request, state: StateDep, caller: CallerDep, deadline: DeadlineHeader = None
+    body: RecommendRequest, request: Request, deadline: DeadlineHeader = None
 ) -> RecommendResponse | EventStream:
     """The items a user will most likely choose next."""
+    state, caller = state_of(request), caller_of(request)
     question = _Question(Recommender.recommend, _with_deadline(body, deadline), caller.tenant)
     return await _answer(request, state, question)
 
@@ -130,13 +115,12 @@ async def recommend(
 @api.get("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
 async def recommend_by_query(
     request: Request,
-    state: StateDep,
-    caller: CallerDep,
     user_id: Annotated[UserId | None, Query()] = None,
     num_items: Annotated[int, Query(ge=1, le=500)] = 10,
     deadline: DeadlineHeader = None,
 ) -> RecommendResponse:
     """The same with defaults."""
+    state, caller = state_of(request), caller_of(request)
     body = _with_deadline(RecommendRequest(user_id=user_id, num_items=num_items), deadline)
     question = _Question(Recommender.recommend, body, caller.tenant)
     return await _timed(request, _ask(state, question, None))
@@ -150,16 +134,18 @@ async def recommend_by_query(
     responses=_STREAMED,
 )
 async def rerank(
-    body: RerankRequest, request: Request, state: StateDep, caller: CallerDep, deadline: DeadlineHeader = None
+    body: RerankRequest, request: Request, deadline: DeadlineHeader = None
 ) -> RerankResponse | EventStream:
     """Candidates in the order in which the user will most likely choose them."""
+    state, caller = state_of(request), caller_of(request)
     question = _Question(Recommender.rerank, _with_deadline(body, deadline), caller.tenant)
     return await _answer(request, state, question)
 
 
 @api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
-async def record_events(body: EventsRequest, state: StateDep, caller: CallerDep) -> EventsResponse:
+async def record_events(body: EventsRequest, request: Request) -> EventsResponse:
     """Store what users did. Idempotent by `event_id`; what is accepted is on disk and visible to the next request."""
+    state, caller = state_of(request), caller_of(request)
     unknown_ids = state.deployments.unknown_items({event.item_id for event in body.events})
     rejected = [
         RejectedEvent(index=index, reason="unknown_item")
@@ -200,8 +186,9 @@ async def record_events(body: EventsRequest, state: StateDep, caller: CallerDep)
 
 
 @api.get("/users/{user_id:any_text}/history", tags=["users"])
-async def user_history(user_id: UserId, state: StateDep, caller: CallerDep) -> HistoryResponse:
+async def user_history(user_id: UserId, request: Request) -> HistoryResponse:
     """The stored history, oldest first; an unknown user's is empty."""
+    state, caller = state_of(request), caller_of(request)
     entries = await _or_unavailable(state, state.histories.of(caller.tenant).history(user_id))
     events = [
         StoredEvent(item_id=entry.item_id, timestamp=entry.timestamp, event_type=entry.event_type) for entry in entries
@@ -210,8 +197,9 @@ async def user_history(user_id: UserId, state: StateDep, caller: CallerDep) -> H
 
 
 @api.delete("/users/{user_id:any_text}", tags=["users"], status_code=204)
-async def erase_user(user_id: UserId, state: StateDep, caller: CallerDep) -> None:
+async def erase_user(user_id: UserId, request: Request) -> None:
     """Erase every key of the user."""
+    state, caller = state_of(request), caller_of(request)
     await _or_unavailable(state, state.histories.of(caller.tenant).erase(user_id))
     state.deployments.current.recommender.forget(caller.tenant, user_id)
     try:
@@ -224,8 +212,9 @@ async def erase_user(user_id: UserId, state: StateDep, caller: CallerDep) -> Non
 
 
 @api.get("/versions", tags=["operations"])
-async def versions(state: StateDep) -> VersionsResponse:
+async def versions(request: Request) -> VersionsResponse:
     """What is being served."""
+    state = state_of(request)
     current = state.deployments.current
     bundle = current.bundle
     return VersionsResponse(
@@ -254,14 +243,16 @@ def _beside(deployment: Deployment, role: Literal["experiment", "ending"]) -> Bu
 
 
 @admin.post("/bundles/{bundle_id}/activate")
-async def activate_bundle(bundle_id: str, state: StateDep) -> BundleResponse:
+async def activate_bundle(bundle_id: str, request: Request) -> BundleResponse:
     """Serve a published bundle from now on, here and on every replica; requests under way end on the old one."""
+    state = state_of(request)
     return await _activated(state.deployments.activate(bundle_id))
 
 
 @admin.post("/rollback")
-async def roll_back(state: StateDep) -> BundleResponse:
+async def roll_back(request: Request) -> BundleResponse:
     """Serve the bundle that was current before."""
+    state = state_of(request)
     return await _activated(state.deployments.rollback())
 
 
@@ -288,8 +279,9 @@ async def live() -> HealthResponse:
 
 @operations.get("/health/ready", responses={503: _PROBLEM})
 @operations.get("/v2/health/ready", include_in_schema=False)
-async def ready(state: StateDep) -> HealthResponse:
+async def ready(request: Request) -> HealthResponse:
     """A bundle is loaded, the engine has decoded a canary SID, and Redis answers."""
+    state = state_of(request)
     missing = []
     if state.engine.problem is not None:
         missing.append(state.engine.problem)
@@ -306,8 +298,9 @@ async def ready(state: StateDep) -> HealthResponse:
 
 
 @operations.get("/metrics", response_class=PlainTextResponse)
-async def metrics(state: StateDep) -> PlainTextResponse:
+async def metrics(request: Request) -> PlainTextResponse:
     """Prometheus' text format."""
+    state = state_of(request)
     state.metrics.engine_ready.set(state.engine.problem is None)
     state.metrics.engine_waiting.set(state.engine.num_waiting)
     return PlainTextResponse(state.metrics.exposition(), media_type=CONTENT_TYPE)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
+from starlette.requests import HTTPConnection
 
 from semantic_ids.bundle import Bundle
 from service.admission import Admission
@@ -43,3 +44,9 @@ class State:
     def engine(self) -> Engine:
         """The engine of the bundle being served."""
         return self.deployments.current.engine
+
+
+def state_of(request: HTTPConnection) -> State:
+    """The application's, there from start-up on. No dependency of FastAPI's: one costs 50 µs a request."""
+    state: State = request.app.state.sidrec
+    return state

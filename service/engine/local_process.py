@@ -267,6 +267,8 @@ def _run(connection: Connection, bundle_path: Path, config: LocalEngineConfig) -
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which ends this one
     os.nice(_NICENESS)
+    if hasattr(os, "SCHED_BATCH"):  # Linux: a call that wakes it does not give it the caller's core at once
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     configure("info", "json")  # this process has no settings, and its output is the service's
     try:
         worker = LocalWorker(connection, bundle_path, config)
