@@ -172,7 +172,7 @@ async def test_any_user_id_has_a_state_of_its_own(histories: Histories, user_id:
         await histories.record([event("e", f"i{number}", user_id=weird)])
     assert items(await histories.history(user_id)) == [f"i{WEIRD_USERS.index(user_id)}"]
 
-    assert len({key_slot(key.encode()) for key in user_keys(user_id).all()}) == 1
+    assert len({key_slot(key.encode()) for key in user_keys(user_id)}) == 1
 
 
 @pytest.mark.parametrize("item_id", ["a:b:c", "::", " ", "品", "\0", "a\0b", "\r\n", '"\\', "x" * 500])
@@ -190,7 +190,7 @@ async def test_namespaces_do_not_meet(redis: Redis, namespace: str):
 
 
 async def test_keys_start_with_the_prefix_and_share_the_users_hash_tag():
-    assert user_keys("a{b}:c", "tenant").all() == tuple(
+    assert user_keys("a{b}:c", "tenant") == tuple(
         f"sidrec:{{tenant:a%7Bb%7D%3Ac}}:{what}"
         for what in ("history", "seen", "excluded", "event-ids", "import-ids", "meta", "thought", "think-ahead")
     )
@@ -204,13 +204,13 @@ async def test_erase_leaves_no_key_of_the_user_and_every_key_of_others(
         every_type = [event(kind, "i", kind, user_id=user) for kind in EventType]
         await histories.record(every_type)
         await histories.import_histories([(user, [HistoryEntry("j", 0.0, EventType.CLICK)])])
-        for key in user_keys(user, namespace).all()[-2:]:  # what is not the histories' own
+        for key in user_keys(user, namespace)[-2:]:  # what is not the histories' own
             await redis.set(key, "it is there")
     keys_before = set(await redis.keys(f"*{namespace}:*"))
-    assert keys_before == {*user_keys(user_id, namespace).all(), *user_keys("bystander", namespace).all()}
+    assert keys_before == {*user_keys(user_id, namespace), *user_keys("bystander", namespace)}
 
     assert await histories.erase(user_id) == 8
-    assert set(await redis.keys(f"*{namespace}:*")) == set(user_keys("bystander", namespace).all())
+    assert set(await redis.keys(f"*{namespace}:*")) == set(user_keys("bystander", namespace))
     assert await histories.erase(user_id) == 0
     assert await histories.load(user_id) == UserState([], 0, frozenset(), frozenset())
 
