@@ -1,16 +1,33 @@
-"""What a bundle leaves behind when it goes, given back."""
+"""The process's memory: one heap, and what a bundle leaves behind, given back. With glibc; else Python's own alone."""
 
 import ctypes
 import gc
+from functools import cache
+
+_M_ARENA_MAX = -8  # glibc's malloc.h
+
+
+def keep_one_heap() -> None:
+    """From now on threads make no heap of their own, each with holes of its own that nobody else fills.
+
+    With them the service grew by .25 MB with each move of bundles (docs/benchmarks.md). Python's threads take turns, so
+    they hardly ever wait for the one heap's lock.
+    """
+    if (mallopt := getattr(_libc(), "mallopt", None)) is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back() -> None:
-    """Collect what stands in cycles, and hand free pages to the system (glibc; with other libraries they are kept).
+    """Collect what stands in cycles, and hand free pages to the system.
 
     A bundle leaves some two thousand objects in cycles, which would wait for a full collection, and under load there is
     hardly ever one (`server`). It takes 10 to 40 ms, for which all requests wait: for the moves of bundles alone.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
         trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.http_protocol import BoundedHttp
+from service.memory import keep_one_heap
 
 _GC_THRESHOLDS = (10_000, 50, 20)
 """When Python looks for cycles: after so many new objects, so many times that, and so on. Requests leave few behind;
@@ -19,6 +20,7 @@ class Server(uvicorn.Server):
     """Serves an application on a socket that is already bound, and says when connections are accepted."""
 
     def __init__(self, app: FastAPI, on_listening: Callable[[], None]) -> None:
+        keep_one_heap()
         # Requests are in the metrics, faults in our own log; uvicorn's lines would say both again.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
         # Kept longer than clients and proxies keep theirs, so that no request meets a connection that just closed.

@@ -5,11 +5,11 @@ recommendations with filters never seen before, reranks, event streams, events, 
 deleted, reports of an experiment, and every ten minutes the other of two bundles. Memory of the service's process is
 sampled every ten seconds; what counts is the Theil-Sen slope over the samples after the warm-up, and its 95 % interval.
 
-Few users and few changing items, so that every bounded cache is full by the end of the warm-up; and in its first half
-ten seconds of every minute are a rush, so that what grows with how much is under way at once (connections, the heap) is
-as large then as it ever gets. Fails where the slope
-is a megabyte an hour or more and its interval lies above that, or where any answer was not as it should be. A run of
-some minutes shows that all works; its interval is wide. JSON of it all goes to `--out`.
+Few users and few changing items, so that every bounded cache is full by the end of the warm-up. In the warm-up bundles
+are moved every minute, so that each thread that ever moves one has done so; and in its first half ten seconds of every
+minute are a rush, so that what grows with how much is under way at once (connections, the heap) is as large then as it
+ever gets. Fails where the slope is a megabyte an hour or more and its interval lies above that, or where any answer was
+not as it should be. A run of some minutes shows that all works; its interval is wide. JSON of it all goes to `--out`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from tests.service.chaos.processes import ServiceProcess
 NUM_ITEMS, NUM_USERS, NUM_PUT_ITEMS = 2_000, 200, 50
 RATE, MAX_UNDER_WAY = 30.0, 64  # requests a second: a third of one core
 RUSH_RATE, RUSH_S, RUSH_EVERY_S = 250.0, 10.0, 60.0
-SAMPLE_S, ACTIVATE_S, DEADLINE_MS = 10.0, 600.0, 10_000
+SAMPLE_S, ACTIVATE_S, WARM_UP_ACTIVATE_S, DEADLINE_MS = 10.0, 600.0, 60.0, 10_000
 BAR_MB_PER_HOUR = 1.0
 EXPERIMENT = {
     "name": "soak",
@@ -116,7 +116,7 @@ class Soak:
         weights = [weight for weight, _ in operations]
         samples: list[Sample] = []
         begin = time.monotonic()
-        next_sample, next_activation = 0.0, ACTIVATE_S / 2
+        next_sample, next_activation = 0.0, WARM_UP_ACTIVATE_S / 2
         async with asyncio.TaskGroup() as under_way:
             room = asyncio.Semaphore(MAX_UNDER_WAY)
             while (now := time.monotonic() - begin) < seconds:
@@ -125,7 +125,8 @@ class Soak:
                     next_sample += SAMPLE_S
                 if now >= next_activation:
                     under_way.create_task(self.guarded(room, self.activate))
-                    next_activation += ACTIVATE_S
+                    is_warm = now >= warm_up_of(seconds)
+                    next_activation += ACTIVATE_S if is_warm else WARM_UP_ACTIVATE_S
                 [(_, operation)] = self.rng.choices(operations, weights)
                 under_way.create_task(self.guarded(room, operation))
                 is_rush = now < warm_up_of(seconds) / 2 and now % RUSH_EVERY_S < RUSH_S
