@@ -1,6 +1,5 @@
 """uvicorn as this service runs it."""
 
-import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -9,11 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.http_protocol import BoundedHttp
-from service.memory import keep_one_heap
-
-_GC_THRESHOLDS = (10_000, 50, 20)
-"""When Python looks for cycles: after so many new objects, so many times that, and so on. Requests leave few behind;
-with Python's own 700, 10 and 10 it took a tenth of the time under load, up to 20 ms at once."""
+from service.memory import keep_one_heap, settle
 
 
 class Server(uvicorn.Server):
@@ -43,9 +38,5 @@ class Server(uvicorn.Server):
         """Start the application, then listen."""
         await super().startup(sockets=sockets)
         if self.started:
-            # Modules, routes and the model live as long as the process: each full collection over them would stop
-            # every request (35 ms measured without torch).
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(*_GC_THRESHOLDS)
+            settle()
             self._on_listening()

@@ -264,6 +264,7 @@ def _run(connection: Connection, bundle_path: Path, config: LocalEngineConfig) -
     """The process."""
     from service.engine.local_worker import LocalWorker
     from service.logs import configure
+    from service.memory import settle
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which ends this one
     os.nice(_NICENESS)
@@ -275,6 +276,7 @@ def _run(connection: Connection, bundle_path: Path, config: LocalEngineConfig) -
     except Exception as error:
         connection.send(Reply(0, error=f"{type(error).__name__}: {error}"))
         return
+    settle()
     with contextlib.suppress(EOFError, BrokenPipeError):  # the service is gone
         worker.serve()
 
