@@ -6,6 +6,7 @@
       20261122T013000Z-0a1b2c…/   named by the digest of its manifest
         manifest.json             versions, SID space, prompt, text encoder, sha256 of every file
         catalog/ quantizer/ neighbours/ model/
+        steps/                  where the model thinks in steps that learnt clusters: what their outputs mean
 
 A bundle is staged under a hidden name, renamed when complete, loaded and tried, and only then made current: a reader
 never sees half of one. Loading refuses a missing, changed or unlisted file, a foreign version, SID space or vocabulary,
@@ -32,6 +33,7 @@ from semantic_ids.codes import SidError, SidSpace, SidVocabulary
 from semantic_ids.neighbours import Neighbours
 from semantic_ids.prompt import PromptError, PromptRenderer, PromptSpec, TextTokenizer, make_renderer
 from semantic_ids.quantizer import ResidualQuantizer
+from semantic_ids.step_reader import StepReader
 from semantic_ids.text_encoder import TextEncoderIdentity
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ CURRENT = "current"
 PREVIOUS = "previous"
 TOKENIZER = "tokenizer.json"
 """Inside a bundle's `model/`, where prompts are text."""
+_STEPS = "steps"
 _STAGING = ".staging-"
 _LOCK = ".publishing"
 BUNDLE_ID = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}"
@@ -118,6 +121,7 @@ class BundleParts:
     """A transformers checkpoint (config, safetensors, tokenizer files where the prompt is text)."""
     config_hash: str
     metrics: dict[str, float]
+    step_reader: StepReader | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ class Bundle:
     quantizer: ResidualQuantizer
     neighbours: Neighbours
     renderer: PromptRenderer
+    step_reader: StepReader | None = None
+    """None where the model has no thinking steps, or steps whose outputs mean nothing."""
 
     @property
     def bundle_id(self) -> str:
@@ -163,6 +169,8 @@ class Bundle:
             neighbours = Neighbours.load(path / "neighbours")
             renderer = make_renderer(manifest.prompt, vocabulary, load_text_tokenizer(path / "model"))
             _verify_model_vocabulary(path, vocabulary)
+            has_step_reader = any(name.startswith(f"{_STEPS}/") for name in manifest.files)
+            step_reader = StepReader.load(path / _STEPS) if has_step_reader else None
         except (SidError, CatalogError, PromptError, OSError, ValueError) as error:
             raise BundleError(f"bundle {path.name}: {error}") from error
         if quantizer.space != manifest.space:
@@ -173,7 +181,9 @@ class Bundle:
             raise BundleError(
                 f"bundle {path.name}: its tables do not hold the {manifest.num_items} items of its manifest"
             )
-        return cls(path, manifest, catalog, quantizer, neighbours, renderer)
+        if step_reader is not None:
+            _verify_step_reader(path, step_reader, manifest, quantizer)
+        return cls(path, manifest, catalog, quantizer, neighbours, renderer, step_reader)
 
     @classmethod
     def load_current(cls, root: Path) -> "Bundle":
@@ -209,6 +219,8 @@ def _publish(root: Path, parts: BundleParts, try_out: Callable[[Bundle], None], 
     parts.catalog.save(staging / "catalog")
     parts.quantizer.save(staging / "quantizer")
     parts.neighbours.save(staging / "neighbours")
+    if parts.step_reader is not None:
+        parts.step_reader.save(staging / _STEPS)
     shutil.copytree(parts.model_folder, staging / "model")
     space = parts.vocabulary.space
     manifest = Manifest(
@@ -334,6 +346,18 @@ def _verify_model_vocabulary(path: Path, vocabulary: SidVocabulary) -> None:
         raise BundleError(
             f"bundle {path.name}: its model has a vocabulary of {config.get('vocab_size')}, "
             f"its manifest says {vocabulary.vocab_size}"
+        )
+
+
+def _verify_step_reader(path: Path, reader: StepReader, manifest: Manifest, quantizer: ResidualQuantizer) -> None:
+    hidden_size = json.loads((path / "model" / "config.json").read_text(encoding="utf-8")).get("hidden_size")
+    num_levels, codebook_size, latent_width = quantizer.codebooks.shape
+    fits = (num_levels, hidden_size, latent_width) == reader.projection.shape
+    if not fits or reader.cluster_of_code.shape[1] != codebook_size or not any(manifest.prompt.steps):
+        raise BundleError(
+            f"bundle {path.name}: its {_STEPS} project {reader.projection.shape} to clusters of codes "
+            f"{reader.cluster_of_code.shape}; its model has an output of {hidden_size}, its quantiser has codebooks "
+            f"{quantizer.codebooks.shape}, its prompts have steps {list(manifest.prompt.steps)}"
         )
 
 

@@ -4,20 +4,23 @@ A bundle names its prompt version, so a rollback to an old bundle finds the rend
 is a *stable* part (instruction, then the history, oldest first), which from one call to the next only grows at its end,
 followed by a *volatile* part. An engine that caches KV by prefix thus pays only for what is new.
 
-    version 1, compact   <bos> SID SID SID …                        models trained from scratch
-    version 2, chat      ChatML instruction, one line per item       pretrained models
-    version 3, thinking  version 2, a think block before the SID     pretrained models that reason
-    version 4, stepwise  version 1; steps stand before a SID's codes models that think in latent steps
+    version 1, compact     <bos> SID SID SID …                        models trained from scratch
+    version 2, chat        ChatML instruction, one line per item       pretrained models
+    version 3, thinking    version 2, a think block before the SID     pretrained models that reason
+    version 4, stepwise    version 1; steps stand before a SID's codes models that think in latent steps
+    version 5, continuous  version 4; a step reads the output before it
 
 Version 3 without a thought has an empty think block (the no-think form of SIDReasoner, arXiv 2603.23183); with one, the
 model writes on from `<think>` until `</think>`, and its SID comes after that.
 
 In version 4 fixed tokens stand before the codes of the SID that is asked for, and before no other: a history looks as
-in version 1 (S²GR's thinking steps, arXiv 2601.18664, in the discrete form that any engine serves).
+in version 1 (S²GR's thinking steps, arXiv 2601.18664, in the discrete form that any engine serves). Version 5 is their
+continuous form: the same tokens, and the input of each is its row plus what the model made of the token before it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -30,9 +33,10 @@ COMPACT_VERSION = 1
 CHAT_VERSION = 2
 THINKING_VERSION = 3
 STEPWISE_VERSION = 4
+CONTINUOUS_VERSION = 5
 
 COMPACT_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", *(f"<reserved_{i}>" for i in range(13)))
-"""A from-scratch vocabulary begins with these 16 ids; the SID block follows. Version 4's steps are reserved ones."""
+"""A from-scratch vocabulary begins with these 16 ids; the SID block follows. Steps are reserved ones."""
 
 MAX_STEPS = 13
 """Thinking steps of one SID, over all its codes."""
@@ -123,6 +127,11 @@ class PromptRenderer(Protocol):
         """Token ids that go before each code of the SID that is asked for, L entries; empty: none anywhere."""
         ...
 
+    @property
+    def fed_back(self) -> tuple[int, ...]:
+        """Token ids whose input is their row plus the model's output at the token before them (`TreeDecoder`)."""
+        ...
+
     def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
         """The prompt after which the model writes the next item's SID, or with `thinking` its thought.
 
@@ -145,6 +154,7 @@ class CompactPrompt:
     version: ClassVar[int] = COMPACT_VERSION
     thinking: ClassVar[None] = None
     forced: tuple[tuple[int, ...], ...] = ()
+    fed_back: tuple[int, ...] = ()
     bos_token_id: ClassVar[int] = COMPACT_SPECIAL_TOKENS.index("<bos>")
 
     def __init__(self, spec: PromptSpec, vocabulary: SidVocabulary) -> None:
@@ -195,12 +205,26 @@ class StepwisePrompt(CompactPrompt):
         self.forced = tuple(tuple(range(end - steps, end)) for end, steps in zip(ends, spec.steps, strict=True))
 
 
+class ContinuousPrompt(StepwisePrompt):
+    """Version 5: as version 4, and each step's input is its row plus the model's output at the token before it.
+
+    With h that output, of the last layer after its norm, S²GR's t_l = h + p_l; the row is the position vector p_l.
+    """
+
+    version: ClassVar[int] = CONTINUOUS_VERSION
+
+    def __init__(self, spec: PromptSpec, vocabulary: SidVocabulary) -> None:
+        super().__init__(spec, vocabulary)
+        self.fed_back = tuple(chain.from_iterable(self.forced))
+
+
 class ChatPrompt:
     """Version 2: ChatML, as SmolLM2 and Qwen3 read it. SID tokens come from ids, so no title can forge one."""
 
     version: ClassVar[int] = CHAT_VERSION
     thinking: ThinkingFormat | None = None
     forced: ClassVar[tuple[tuple[int, ...], ...]] = ()
+    fed_back: ClassVar[tuple[int, ...]] = ()
 
     _INSTRUCTION = (
         "<|im_start|>system\nYou recommend items. Every item is named by a semantic ID of {num_levels} codes. "
@@ -311,8 +335,8 @@ def make_renderer(
     spec: PromptSpec, vocabulary: SidVocabulary, tokenizer: TextTokenizer | None = None
 ) -> PromptRenderer:
     """The renderer of `spec.version`; `PromptError` for a version that this build does not know."""
-    if spec.version == STEPWISE_VERSION:
-        return StepwisePrompt(spec, vocabulary)
+    if spec.version in (STEPWISE_VERSION, CONTINUOUS_VERSION):
+        return (StepwisePrompt if spec.version == STEPWISE_VERSION else ContinuousPrompt)(spec, vocabulary)
     if spec.steps:
         raise PromptError(f"prompt version {spec.version} has no thinking steps, and {list(spec.steps)} are asked for")
     if spec.version == COMPACT_VERSION:
@@ -322,7 +346,7 @@ def make_renderer(
             raise PromptError("chat prompts need the model's tokenizer, and the bundle carries none")
         kind = ChatPrompt if spec.version == CHAT_VERSION else ThinkingChatPrompt
         return kind(spec, vocabulary, tokenizer)
-    known = [COMPACT_VERSION, CHAT_VERSION, THINKING_VERSION, STEPWISE_VERSION]
+    known = [COMPACT_VERSION, CHAT_VERSION, THINKING_VERSION, STEPWISE_VERSION, CONTINUOUS_VERSION]
     raise PromptError(
         f"no renderer for prompt version {spec.version}; this build knows {known}: upgrade it or roll the bundle back"
     )

@@ -49,7 +49,8 @@ EngineFactory: TypeAlias = Callable[[Bundle, Settings, Metrics], Engine]
 
 def make_engine(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
     """The engine that the settings name. Imported here, so that the rest of the service needs no torch."""
-    if settings.engine == "vllm" or (settings.engine == "auto" and find_spec("vllm") is not None):
+    is_for_vllm = find_spec("vllm") is not None and not bundle.renderer.fed_back
+    if settings.engine == "vllm" or (settings.engine == "auto" and is_for_vllm):
         from service.engine.vllm_engine import VllmEngine, VllmEngineConfig
 
         return VllmEngine(

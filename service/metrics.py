@@ -125,6 +125,12 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self.step_traces = Counter(
+            "sidrec_step_traces",
+            "Rationales asked of bundles that think in steps: shown, or why not.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.thought_cache = Counter(
             "sidrec_thought_cache",
             "Thoughts looked up (hit, miss), kept (write, or moved: the history had) and failures of either.",

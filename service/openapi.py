@@ -44,6 +44,7 @@ _WORLD: Mapping[str, Any] = {
     "accepted": 1,
     "duplicates": 0,
     "rationale": None,
+    "trace": None,
     "reason": None,
     "degraded": False,
     "experiment": {"name": "rationale", "variant": "control"},

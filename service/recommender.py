@@ -57,10 +57,12 @@ from service.schemas import (
     RerankRequest,
     RerankResponse,
     Source,
+    TracedStep,
     UserRequest,
     Versions,
 )
 from service.served_log import ServedLog
+from service.step_trace import StepTraces
 from service.thoughts import CachedThought, ThoughtQuestion, Thoughts, prompt_after
 from service.user_context import UserContext, UserContexts
 
@@ -142,6 +144,7 @@ class Recommender:
         self._filters = FilterCompiler(bundle.catalog)
         self._popular_in = PopularByCategory(bundle)
         self._titles = self._titles.at(bundle.catalog)
+        self._step_traces = None if bundle.step_reader is None else StepTraces(bundle, bundle.step_reader)
         self._contexts = UserContexts(self._histories, bundle.catalog, bundle.renderer, self._metrics)
         self._versions = Versions(
             bundle=bundle.bundle_id, catalog_epoch=bundle.catalog.epoch, prompt=bundle.manifest.prompt.version
@@ -194,9 +197,9 @@ class Recommender:
             self._remember(request, tenant, context, decoded)
         items = self._items(decoded, context, item_filter, wanted, request.diversity)
         items += self._fallback(request, tenant, context, item_filter, wanted, items)
-        rationale = await self._rationale(call, decoded, [item.item_id for item in items])
+        told = await self._told(call, context, decoded, item_filter, [item.item_id for item in items])
         answer = self._answer(call, context, decoded, endpoint="recommend", source=_source_of(items))
-        return RecommendResponse(**answer, items=items, rationale=rationale)
+        return RecommendResponse(**answer, items=items, rationale=told.rationale, trace=told.trace)
 
     async def rerank(
         self,
@@ -217,11 +220,11 @@ class Recommender:
         context = await call.timed("history", self._contexts.load(request, tenant, call.left_s()))
         deleted = self._deleted_since(self._catalog.epoch)
         ranks, unknown = self._catalog.ranks_of(item for item in request.candidates if item not in deleted)
+        only_candidates = ItemFilter.of(len(self._catalog), allow=ranks)
         unknown = [item for item in request.candidates if item in deleted.union(unknown)] if deleted else unknown
         if len(ranks) == 0:
             decoded = Decoded(None, None)
         else:
-            only_candidates = ItemFilter.of(len(self._catalog), allow=ranks)
             decoded = await self._decode(call, context, only_candidates, len(ranks))
             decoded = _repaired(decoded, only_candidates, len(ranks))
         known: list[tuple[int, float | None]]
@@ -241,9 +244,9 @@ class Recommender:
             RerankedItem(item_id=item_id, rank=place, score=None, known=False)
             for place, item_id in enumerate(unknown, start=len(items) + 1)
         ]
-        rationale = await self._rationale(call, decoded, [item.item_id for item in items])
+        told = await self._told(call, context, decoded, only_candidates, [item.item_id for item in items])
         answer = self._answer(call, context, decoded, endpoint="rerank")
-        return RerankResponse(**answer, items=items, rationale=rationale)
+        return RerankResponse(**answer, items=items, rationale=told.rationale, trace=told.trace)
 
     async def _decode(
         self,
@@ -279,6 +282,7 @@ class Recommender:
             program=self._program(think),
             catalog_id=self._bundle.catalog_id,
             exploration=exploration,
+            wants_trace=call.request.include_rationale and self._step_traces is not None,
         )
         left_s = call.left_for_engine_s()
         try:
@@ -360,16 +364,41 @@ class Recommender:
     def _token_listener(self, call: "_Call", think: Think | None) -> Rationale | None:
         return None if think is None or call.on_thought is None else call.rationale
 
-    async def _rationale(self, call: "_Call", decoded: Decoded, item_ids: Sequence[str]) -> str | None:
-        """Why the model chose these items, as far as it is checked; told to whoever listens, given where asked for.
-
-        A bundle that reasons without free text would give its trace here.
-        """
+    async def _told(
+        self, call: "_Call", context: UserContext, decoded: Decoded, item_filter: ItemFilter, item_ids: Sequence[str]
+    ) -> "_Told":
+        """Why the model chose these items, as far as it may be said; told to whoever listens, given where asked for."""
+        if call.request.include_rationale and any(self._bundle.renderer.forced):
+            outcome, told = await self._told_steps(call, context, decoded, item_filter, item_ids)
+            self._metrics.step_traces.labels(outcome).inc()
+            if told.rationale is not None and call.on_thought is not None:
+                call.on_thought(told.rationale)
+            return told
         if decoded.result is None or decoded.result.thought_end is None or call.rationale is None:
-            return None
+            return _NOTHING_TOLD
         ranks, _ = self._catalog.ranks_of(item_ids)
         text = await call.rationale.finished(decoded.result.thought, ranks, call.left_for_engine_s())
-        return text if call.request.include_rationale else None
+        return _Told(text) if call.request.include_rationale else _NOTHING_TOLD
+
+    async def _told_steps(
+        self, call: "_Call", context: UserContext, decoded: Decoded, item_filter: ItemFilter, item_ids: Sequence[str]
+    ) -> tuple[str, "_Told"]:
+        """What the steps before the first item meant, and the outcome for the metric."""
+        if (traces := self._step_traces) is None:
+            return "no_clusters", _NOTHING_TOLD
+        if decoded.result is None:
+            return "no_answer", _NOTHING_TOLD
+        trace = decoded.result.trace
+        if trace is None or self._catalog.item_ids[trace.rank] != item_ids[0]:
+            return "lost", _NOTHING_TOLD
+        ranks, _ = self._catalog.ranks_of(item_ids)
+        try:
+            async with asyncio.timeout(call.left_for_engine_s()):
+                steps = await asyncio.to_thread(traces.steps, trace, item_filter)
+        except Exception as error:  # the items are there, and do not wait for what explains them
+            log.warning("steps_not_told", error=type(error).__name__)
+            return "lost", _NOTHING_TOLD
+        return "shown", _Told(traces.rationale(trace, context.history, ranks), steps)
 
     def _items(
         self, decoded: Decoded, context: UserContext, item_filter: ItemFilter, wanted: int, diversity: float
@@ -499,6 +528,17 @@ class Recommender:
             "versions": self._versions,
             "timings_ms": call.timings_ms(),
         }
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Why the model chose what it did: in words, and of a model that thinks in steps as data."""
+
+    rationale: str | None = None
+    trace: list[TracedStep] | None = None
+
+
+_NOTHING_TOLD = _Told()
 
 
 class _Call:

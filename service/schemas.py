@@ -177,12 +177,34 @@ class RecommendedItem(BaseModel):
     propensity: float
 
 
+class TracedItem(BaseModel):
+    """An item that is typical of what a step meant."""
+
+    item_id: str
+    title: str
+
+
+class TracedStep(BaseModel):
+    """What a model that thinks in steps meant before it chose a code of the first item."""
+
+    level: int = Field(description="of the code that follows the step, from 1")
+    cluster: int = Field(description="the cluster of that level's codes that the step is nearest to")
+    cosine: float = Field(description="how near: from -1 to 1, the centre itself")
+    share: float = Field(description="of the cluster among all of its level: they sum to 1")
+    within: str = Field(description="the codes of the first item that the typical items begin with; empty: with any")
+    typical: list[TracedItem] = Field(description="items of the cluster, each one that the request could be given")
+
+
 class Answer(BaseModel):
     """What both answers share."""
 
     recommendation_id: str
     user_id: str | None
     rationale: str | None
+    trace: list[TracedStep] | None = Field(
+        None,
+        description="with include_rationale, of bundles that think in steps: those that were run for the first item",
+    )
     ignored_items: list[str] = Field(description="items of the history that the catalogue does not hold")
     source: Source
     degraded: bool

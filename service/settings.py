@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     history_max_stored: int = Field(1_000, ge=1, le=5_000, description="history entries kept per user")
     history_ttl_days: int | None = Field(None, ge=1, description="a user without events for so long is forgotten")
 
-    engine: Literal["local", "vllm", "auto"] = Field("local", description="auto: vLLM where it is installed")
+    engine: Literal["local", "vllm", "auto"] = Field("local", description="auto: vLLM if installed and able to run it")
     beam_width: int = Field(20, ge=1, le=500, description="width is the larger of this and num_items")
     max_batch: int = Field(16, ge=1)
     decode_threads: int = Field(1, ge=1)

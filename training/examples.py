@@ -85,7 +85,12 @@ class Examples:
             return plain
         targets = self.vocabulary.token_ids(self.catalog.codes[plain.ranks])
         branches = with_branches(
-            plain.token_ids, plain.rows.numpy(), plain.anchors.numpy(), targets, self.renderer.forced
+            plain.token_ids,
+            plain.rows.numpy(),
+            plain.anchors.numpy(),
+            targets,
+            self.renderer.forced,
+            self.renderer.fed_back,
         )
         return replace(plain, token_ids=branches.token_ids, positions=branches.positions, tree=branches.tree)
 

@@ -17,6 +17,7 @@ from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
     COMPACT_VERSION,
+    CONTINUOUS_VERSION,
     STEPWISE_VERSION,
     THINKING_VERSION,
     PromptError,
@@ -24,8 +25,10 @@ from semantic_ids.prompt import (
     PromptSpec,
     make_renderer,
 )
+from semantic_ids.step_reader import StepReader
 from training.base_model import extend_pretrained
 from training.item_memory import ItemMemory, KnownItems, plain_state
+from training.rms_norm import replace_norms
 from training.sft_config import SftConfig
 from training.stage import StageError, is_main_process
 
@@ -34,15 +37,17 @@ if TYPE_CHECKING:  # transformers takes seconds to load, and a finished pipeline
 
 MODEL = "model"
 SPEC = "prompt.json"
+STEPS = "steps"
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A finished stage: the checkpoint, its SID block and its prompts."""
+    """A finished stage: the checkpoint, its SID block, its prompts, and what reads its thinking steps."""
 
     folder: Path
     vocabulary: SidVocabulary
     renderer: PromptRenderer
+    step_reader: StepReader | None = None
 
     @classmethod
     def load(cls, path: Path, catalog: Catalog) -> "TrainedModel":
@@ -50,11 +55,13 @@ class TrainedModel:
         spec = PromptSpec.model_validate_json((path / SPEC).read_bytes())
         vocab_size = json.loads((path / MODEL / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         vocabulary = SidVocabulary(catalog.space, vocab_size - catalog.space.num_tokens, vocab_size)
-        return cls(path / MODEL, vocabulary, make_renderer(spec, vocabulary, load_text_tokenizer(path / MODEL)))
+        renderer = make_renderer(spec, vocabulary, load_text_tokenizer(path / MODEL))
+        step_reader = StepReader.load(path / STEPS) if (path / STEPS).exists() else None
+        return cls(path / MODEL, vocabulary, renderer, step_reader)
 
     def load_decoder(self) -> TreeDecoder:
         """The model, ready to decode, in float32."""
-        return TreeDecoder.load(self.folder, self.vocabulary)
+        return TreeDecoder.load(self.folder, self.vocabulary, fed_back=self.renderer.fed_back)
 
 
 def build_model(
@@ -71,12 +78,14 @@ def build_model(
     if config.base_model is None:
         vocabulary = compact_vocabulary(catalog)
         model = AutoModelForCausalLM.from_config(_fresh_config(config, vocabulary))
+        replace_norms(model)
         _add_dropout(model, config.dropout)
         if config.item_memory:
             if known is None:
                 raise StageError("sft.item_memory=true needs what is known of the items, and nothing was given")
             ItemMemory(catalog, vocabulary, known, config.hidden_size).install(model)
-        version = STEPWISE_VERSION if any(config.steps) else COMPACT_VERSION
+        stepwise = CONTINUOUS_VERSION if config.step_form == "continuous" else STEPWISE_VERSION
+        version = stepwise if any(config.steps) else COMPACT_VERSION
         steps = config.steps if any(config.steps) else ()
         spec = PromptSpec(version=version, max_history=config.max_history, steps=steps)
         try:
@@ -155,4 +164,4 @@ def _dropped(values: Tensor, share: float) -> Tensor:
         return values
     draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device).random_(-(2**63), None)
     is_kept = draws.view(torch.int16)[: values.numel()].view(values.shape) >= round(share * 2**16) - 2**15
-    return values * is_kept.to(values.dtype).mul_(1 / (1 - share))
+    return torch.where(is_kept, values, 0).mul_(1 / (1 - share))

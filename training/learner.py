@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from semantic_ids.step_reader import StepReader
 from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from training.distillation import Continuations, TeacherLists
 from training.examples import Batch, Examples, Lesson
@@ -87,6 +88,13 @@ class Learner:
     def kept_weights(self) -> AbstractContextManager[None]:
         """The model has the weights that are validated and kept: the average, where there is one."""
         return self._average.in_place() if self._average is not None else nullcontext()
+
+    @property
+    def step_reader(self) -> StepReader | None:
+        """What reads the steps of the model as it is now; None where it has none, or clusters that mean nothing."""
+        clusters = None if self._supervision is None else self._supervision.clusters
+        is_readable = any(self._config.steps) and not self._config.step_clusters_shuffled
+        return clusters.reader() if clusters is not None and is_readable else None
 
     def save(self, path: Path, epoch: int, progress: dict[str, Any]) -> None:
         """A checkpoint after an epoch."""

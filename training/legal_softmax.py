@@ -40,13 +40,15 @@ def child_log_probs(
     codes, is_legal, first_child = _padded_children(trie, distinct)
     num_prefixes, most_children = codes.shape
     place, most_rows = _places(group, num_prefixes)
-    padded = hidden.new_zeros(num_prefixes * most_rows, hidden.shape[1]).index_copy(0, place, hidden)
+    padded = hidden.new_zeros(num_prefixes * most_rows, hidden.shape[1]).index_copy_(0, place, hidden)
     codes = codes if row_of_code is None else row_of_code[codes]
-    rows = weight[codes.ravel()].view(num_prefixes, most_children, -1)
-    logits = torch.bmm(padded.view(num_prefixes, most_rows, -1), rows.transpose(1, 2))  # (prefixes, rows, children)
+    rows = weight.index_select(0, codes.ravel()).view(num_prefixes, most_children, -1)
+    vectors = padded.view(num_prefixes, most_rows, -1).transpose(1, 2)
+    # Rows first: so their gradient, the largest tensor here, comes as they lie and is not copied.
+    logits = torch.bmm(rows, vectors).transpose(1, 2)  # (prefixes, rows, children)
     if bias is not None:
         logits = logits + bias[codes][:, None]
-    chosen = logits.flatten(0, 1)[place].float()  # (P, M)
+    chosen = logits.flatten(0, 1).index_select(0, place).float()  # (P, M)
     log_probs = chosen.masked_fill(~is_legal[torch.from_numpy(group)], float("-inf")).log_softmax(dim=-1)
     return ChildLogProbs(log_probs, first_child[group])
 

@@ -18,6 +18,7 @@ from training.item_memory import memory_of, rows_of
 from training.legal_softmax import child_log_probs
 from training.processes import Processes
 from training.sft_config import SftConfig
+from training.stepwise import run_in_passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +42,11 @@ def log_likelihoods(
 
 def hidden_states(model: "PreTrainedModel", batch: Batch) -> Tensor:
     """The model's outputs over a batch's rows, (B, T, D), with the tables as they were baked last (`bake`)."""
-    tree = batch.tree
+    embedded, tree = embed(model, batch.token_ids), batch.tree
+    if tree is not None and len(tree.ends) > 1:
+        return run_in_passes(model, embedded, tree)
     seen = {} if tree is None else {"attention_mask": tree.visible[:, None], "position_ids": tree.position_ids}
-    output = model.base_model(inputs_embeds=embed(model, batch.token_ids), use_cache=False, **seen)
-    hidden: Tensor = output.last_hidden_state
+    hidden: Tensor = model.base_model(inputs_embeds=embedded, use_cache=False, **seen).last_hidden_state
     return hidden
 
 

@@ -266,6 +266,7 @@ class Pipeline:
             model_folder=self._model.folder,
             config_hash=self.config.content_hash,
             metrics={name: evaluated[name] for name in ("recall@10", "ndcg@10", "target_log_likelihood")},
+            step_reader=self._model.step_reader,
         )
         return publish.run(self.config.publish, parts, self._dataset, self._bundles, folder)
 

@@ -67,7 +67,7 @@ def is_still_there(config: PublishConfig, summary: PublishSummary, bundles: Path
 
 def try_out(bundle: Bundle) -> None:
     """Answer one request from the reloaded bundle; `BundleError` if the answer is not ten legal, unseen items."""
-    decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary)
+    decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary, fed_back=bundle.renderer.fed_back)
     history = bundle.catalog.by_popularity[: min(3, len(bundle.catalog) - 1)]
     items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     unseen = ItemFilter.of(len(bundle.catalog), deny=history)

@@ -14,7 +14,7 @@ import torch
 
 from semantic_ids.catalog import Catalog
 from training.examples import Examples, TargetSplit, continuation_lessons, epoch_batches, sequence_lessons
-from training.generator import MODEL, SPEC, build_model, save_model
+from training.generator import MODEL, SPEC, STEPS, build_model, save_model
 from training.learner import NOTHING_ELSE, Learner, Teaching
 from training.likelihood import mean_target_log_likelihood
 from training.processes import Processes
@@ -88,6 +88,8 @@ def run(
                     progress |= {"best": validated, "best_epoch": epoch}
                 if is_better and processes.is_main:
                     save_model(model, folder.path / MODEL)
+                    if (reader := learner.step_reader) is not None:
+                        reader.save(folder.path / STEPS)
             if processes.is_main:
                 learner.save(folder.path / CHECKPOINT, epoch, progress)
             bar.note(f"epoch {epoch}: {-progress['train']:.3f} train, {-validated:.3f} validation nats/item")

@@ -11,7 +11,15 @@ class SftConfig(StageConfig):
     """The model and how it is trained."""
 
     added_later = frozenset(
-        {"continuations", "moving_average", "steps", "step_clusters", "step_clusters_shuffled", "global_interest"}
+        {
+            "continuations",
+            "moving_average",
+            "steps",
+            "step_form",
+            "step_clusters",
+            "step_clusters_shuffled",
+            "global_interest",
+        }
     )
 
     base_model: str | None = Field(
@@ -38,6 +46,9 @@ class SftConfig(StageConfig):
     )
     steps: tuple[int, ...] = Field(
         (), description="S²GR's thinking steps before each code, such as [1,1,1] or [3,0,0]; from scratch only"
+    )
+    step_form: Literal["discrete", "continuous"] = Field(
+        "discrete", description="continuous: a step reads the output before it too; the local engine alone serves it"
     )
     step_clusters: int = Field(
         0, ge=0, description="clusters of a level's codes that its step learns to tell apart; 0: steps are mere pauses"
@@ -83,6 +94,13 @@ class SftConfig(StageConfig):
         if value and others.field_name == "global_interest" and not any(others.data.get("steps", ())[:1]):
             raise ValueError("the general interest is what the step before the first code learns: give sft.steps too")
         return value
+
+    @field_validator("step_form")
+    @classmethod
+    def _needs_steps(cls, step_form: str, others: ValidationInfo) -> str:
+        if step_form == "continuous" and not any(others.data.get("steps", ())):
+            raise ValueError("continuous is a form of thinking steps: give sft.steps too, such as [1,1,1]")
+        return step_form
 
     @field_validator("thinking")
     @classmethod

@@ -1,4 +1,4 @@
-"""S²GR's thinking steps in training (arXiv 2601.18664), in the discrete form: the SID that is asked for is a *branch*.
+"""S²GR's thinking steps in training (arXiv 2601.18664): the SID that is asked for is a *branch*.
 
 A history is a plain backbone. Behind each of its prefixes hangs a branch with the steps and the codes of the item that
 came next; a mask lets it see its prefix and itself, and nothing sees it. So all items of a sequence are learnt at once,
@@ -7,12 +7,16 @@ and a history looks the same whether its model thinks or not.
     backbone   bos a1 b1 a2 b2 a3 b3
     branch 2               +-- step a2 step        sees bos a1 b1; its last tokens predict a2 and b2
 
+In the discrete form all tokens are run at once. In the continuous one a step's input has in it the output at the token
+before, so there are passes: the backbone first, then from step to step, all branches together.
+
 What a step is supervised with: which cluster of its level's codes the target's code is in (`StepClusters`), and for the
 first step what the user wants in general (`GlobalInterest`). Both are training's alone; a checkpoint is a plain model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +27,7 @@ from torch.nn import functional
 
 from semantic_ids.codes import Codes, TokenIds
 from semantic_ids.quantizer import Vectors
+from semantic_ids.step_reader import NO_CLUSTER, StepReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +43,8 @@ class Tree:
     visible: Tensor  # (B, T, T) bool
     position_ids: Tensor  # (B, T)
     num_backbone: int  # the first tokens of each row, before its branches
+    ends: tuple[int, ...]  # of the passes in which tokens are run; of the last one, T
+    sources: Tensor  # (B, T) whose output is fed back into each token, of an earlier pass; -1: nobody's
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,24 @@ def with_branches(
     anchors: npt.NDArray[np.int64],
     targets: TokenIds,
     forced: Sequence[Sequence[int]],
+    fed_back: Sequence[int] = (),
 ) -> Branches:
     """Hang a branch on every target: its row (items,), ascending; the last token that it sees there; its codes' tokens.
 
-    `token_ids` (B, T) are the backbones, padded on the right, `anchors` (items,) places in them, `targets` (items, L).
+    `token_ids` (B, T) are the backbones, padded on the right, `anchors` (items,) places in them, `targets` (items, L);
+    `forced` and `fed_back` are the prompts'. A row has its backbone, then every pass's part of every branch.
     """
     pattern, predictors = _pattern(targets.shape[1], forced)
     width, num_backbone = len(pattern), token_ids.shape[1]
+    is_fed = np.array([token_id in fed_back for _, token_id in pattern])
+    pass_of = np.cumsum(is_fed)  # (width,)
+    widths = np.bincount(pass_of)  # of a branch, by pass
     number = np.arange(len(rows)) - np.searchsorted(rows, rows)  # of a branch within its row
-    start = num_backbone + number * width
-    places = start[:, None] + np.arange(width)  # (items, width)
-    num_slots = num_backbone + int(number.max(initial=-1) + 1) * width
+    ends = num_backbone + int(number.max(initial=-1) + 1) * np.cumsum(widths)
+    starts = np.append(num_backbone, ends[:-1])
+    within = np.arange(width) - (np.cumsum(widths) - widths)[pass_of]
+    places = starts[pass_of] + number[:, None] * widths[pass_of] + within  # (items, width)
+    num_slots = int(ends[-1])
     shape = (len(token_ids), num_slots)
     tokens, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     tokens[:, :num_backbone] = token_ids.numpy()
@@ -78,8 +92,16 @@ def with_branches(
     visible[:, :num_backbone, :num_backbone] = np.tri(num_backbone, dtype=np.bool_)
     visible[rows[:, None], places, :num_backbone] = (np.arange(num_backbone) <= anchors[:, None])[:, None]
     visible[rows[:, None, None], places[:, :, None], places[:, None]] = np.tri(width, dtype=np.bool_)
-    predicting = np.where(predictors >= 0, start[:, None] + predictors, anchors[:, None])
-    tree = Tree(torch.from_numpy(visible), torch.from_numpy(position_ids), num_backbone)
+    predicting = np.where(predictors >= 0, places[:, predictors], anchors[:, None])
+    sources = np.full(shape, -1)
+    sources[rows[:, None], places[:, is_fed]] = np.column_stack((anchors, places))[:, :-1][:, is_fed]
+    tree = Tree(
+        torch.from_numpy(visible),
+        torch.from_numpy(position_ids),
+        num_backbone,
+        tuple(ends.tolist()),
+        torch.from_numpy(sources),
+    )
     return Branches(torch.from_numpy(tokens), torch.from_numpy(predicting), tree)
 
 
@@ -98,6 +120,30 @@ def _pattern(
         if level + 1 < num_levels:
             pattern.append((level, None))
     return pattern, np.array(predictors, np.int64)
+
+
+def run_in_passes(model: "PreTrainedModel", embedded: Tensor, tree: Tree) -> Tensor:
+    """The outputs (B, T, D) of rows whose tokens are fed those of earlier passes, with the gradient through them all.
+
+    `embedded` (B, T, D) are the tokens' rows.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)  # of keys and values with their graph
+    hidden = embedded[:, :0]
+    for start, end in pairwise((0, *tree.ends)):
+        inputs, sources = embedded[:, start:end], tree.sources[:, start:end, None]
+        if start:
+            inputs = inputs + hidden.take_along_dim(sources.clamp(min=0), dim=1) * (sources >= 0)
+        output = model.base_model(
+            inputs_embeds=inputs,
+            attention_mask=tree.visible[:, None, start:end, :end],
+            position_ids=tree.position_ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = torch.cat((hidden, output.last_hidden_state), dim=1)
+    return hidden
 
 
 class StepClusters(nn.Module):
@@ -125,7 +171,7 @@ class StepClusters(nn.Module):
         super().__init__()
         num_levels, codebook_size, latent_width = codebooks.shape
         centres = np.zeros((num_levels, num_clusters, latent_width), np.float32)
-        cluster_of_code = np.zeros((num_levels, codebook_size), np.int64)
+        cluster_of_code = np.full((num_levels, codebook_size), NO_CLUSTER, np.int64)
         generator = np.random.default_rng((seed, 6))
         for level in range(num_levels):
             used = np.unique(codes[:, level])
@@ -144,6 +190,15 @@ class StepClusters(nn.Module):
             logits = projected @ self.centres[level].T / TEMPERATURE
             losses.append(functional.cross_entropy(logits, self.cluster_of_code[level][codes[:, level]]))
         return torch.stack(losses).sum()
+
+    def reader(self) -> StepReader:
+        """What serving reads the steps of the trained model with."""
+        return StepReader(
+            self.centres.cpu().numpy(),
+            self.projection.detach().cpu().numpy(),
+            self.cluster_of_code.cpu().numpy().astype(np.int16),
+            np.array([TEMPERATURE], np.float32),
+        )
 
 
 class GlobalInterest(nn.Module):

@@ -6,8 +6,9 @@ A beam whose prefix has a single SID left is *closed*: what remains of it is for
 A request that explores has a second set of beams beside these, or in their place: those of a draw (`exploration`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import ROOT, Children, Nodes, Ranks, SidTrie
 
 Scores = npt.NDArray[np.float32]
+
+LevelListener: TypeAlias = Callable[[npt.NDArray[np.int64], Nodes, Tensor], None]
+"""Hears of each level's beams (M,), before their codes are chosen: request, prefix and output (`step_outputs`)."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def constrained_beam(
     forced: Sequence[Sequence[int]] = (),
     work: BeamWork | None = None,
     exploration: Sequence[Exploration | None] | None = None,
+    on_level: LevelListener | None = None,
 ) -> list[ScoredItems]:
     """The best items of each prompt in `state`, at least min(width, eligible items) of them.
 
@@ -98,6 +103,8 @@ def constrained_beam(
         perturbed=Perturbed.roots(explorations) if any(explorations) else None,
     )
     for level in range(trie.space.num_levels):
+        if on_level is not None:
+            on_level(beams.request, beams.node, beams.hidden)
         chosen = _best_children(decoder, trie, beams, level, filters, widths, explorations, work)
         work.steps += 1
         work.beams += len(chosen.node)

@@ -8,10 +8,13 @@ the mask.
     a2 sees   x x x x x |    x     |
     b1 sees   x x x x x |       x  | x
     b2 sees   x x x x x | x        |    x
+
+Some tokens may be *fed back*: their input is their row plus what the model made of the token before them, so a branch
+goes on from its own output (S²GR's continuous steps, `PromptRenderer.fed_back`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -31,6 +34,7 @@ class TreeRows:
 
     visible: Tensor  # (B, R, slots so far) bool
     next_position: Tensor  # (B, R)
+    output: Tensor | None = None  # (B, R, D) of each one's last token, where a decoder feeds some tokens back
 
     def continued(self, parents: Tensor, num_slots: int) -> "TreeRows":
         """The rows after one more token each: parents (B, R'); the cache held `num_slots` slots before them.
@@ -98,7 +102,15 @@ class TreeState:
 class TreeDecoder:
     """Runs prompts and tree-shaped continuations of one model. Not thread-safe; no gradient."""
 
-    def __init__(self, model: "PreTrainedModel", vocabulary: SidVocabulary, pad_token_id: int = 0) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        vocabulary: SidVocabulary,
+        pad_token_id: int = 0,
+        *,
+        fed_back: Sequence[int] = (),
+    ) -> None:
+        """`fed_back` as the prompts have it; a prompt itself has no such token."""
         size = model.config.get_text_config().vocab_size
         if size != vocabulary.vocab_size:
             raise SidError(f"the model's vocabulary of {size} is not the SID vocabulary's {vocabulary.vocab_size}")
@@ -108,17 +120,24 @@ class TreeDecoder:
         self.model = model.train(False)
         self._vocabulary = vocabulary
         self._pad_token_id = pad_token_id
+        self._fed_back = torch.tensor(fed_back, device=self.device)
 
     @classmethod
     def load(
-        cls, model_folder: Path, vocabulary: SidVocabulary, dtype: Literal["float32", "bfloat16"] = "float32"
+        cls,
+        model_folder: Path,
+        vocabulary: SidVocabulary,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        *,
+        fed_back: Sequence[int] = (),
     ) -> "TreeDecoder":
         """The decoder of a transformers checkpoint."""
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # a loaded model is a detail of something larger, which shows its own progress
-        return cls(AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)), vocabulary)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
+        return cls(model, vocabulary, fed_back=fed_back)
 
     @property
     def vocabulary(self) -> SidVocabulary:
@@ -153,7 +172,7 @@ class TreeDecoder:
         rows = torch.arange(len(prompts), device=self.device)
         last_hidden = output.last_hidden_state[rows, lengths - 1][:, None]  # (B, 1, D)
         visible = torch.arange(longest, device=self.device)[None, None] < lengths[:, None, None]
-        return TreeState(cache, TreeRows(visible, lengths[:, None]), last_hidden)
+        return TreeState(cache, self._with_output(TreeRows(visible, lengths[:, None]), last_hidden), last_hidden)
 
     @torch.inference_mode()
     def extend(self, state: TreeState, rows: TreeRows, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, TreeRows]:
@@ -161,13 +180,24 @@ class TreeDecoder:
         position = rows.next_position.gather(1, parents)
         new_rows = rows.continued(parents, state.cache.get_seq_length())
         output = self.model.base_model(
-            input_ids=token_ids,
+            inputs_embeds=self._inputs(rows, parents, token_ids),
             attention_mask=new_rows.visible[:, None],
             position_ids=position,
             past_key_values=state.cache,
             use_cache=True,
         )
-        return output.last_hidden_state, new_rows
+        return output.last_hidden_state, self._with_output(new_rows, output.last_hidden_state)
+
+    def _inputs(self, rows: TreeRows, parents: Tensor, token_ids: Tensor) -> Tensor:
+        """The tokens' rows, with the output of the parent added where it is fed back, (B, R', D)."""
+        inputs: Tensor = self.model.get_input_embeddings()(token_ids)
+        if rows.output is None:
+            return inputs
+        is_fed_back = torch.isin(token_ids, self._fed_back)[..., None]
+        return inputs + rows.output.take_along_dim(parents[..., None], dim=1) * is_fed_back
+
+    def _with_output(self, rows: TreeRows, output: Tensor) -> TreeRows:
+        return replace(rows, output=output) if len(self._fed_back) else rows
 
     @torch.inference_mode()
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:

@@ -237,6 +237,7 @@ async function submit() {
     thoughtBox.classList.remove("writing");
     for (const item of answer.items) if (item.title) titles.set(item.item_id, item.title);
     answerBox.replaceChildren(answerView(answer, path), curlBox(path, body));
+    if (answer.trace?.length) thoughtBox.append(traceTable(answer.trace));
     if (answer.rationale) answerBox.firstChild.querySelector(".facts").after(thoughtBox);
     $("said").textContent = `${answer.items.length} items in ${milliseconds(answer.timings_ms.total)}` + (answer.degraded ? `, degraded: ${answer.reason}` : "");
     bringIntoView(answerBox);
@@ -277,6 +278,17 @@ function markFields(errors) {
     first ??= input;
   }
   first?.focus();
+}
+
+/** What a model that thinks in steps meant by each. */
+function traceTable(steps) {
+  const columns = [["Before code", "rank"], ["Nearest cluster", "num"], ["Cosine", "num"], ["Share", "num"], ["Typical items", "item"]];
+  const rows = steps.map(({ level, cluster, cosine, share, within, typical }) => ({ cells: [
+    level, cluster, cosine.toFixed(2), percent(share),
+    h("div", {}, within && h("div", { class: "muted small" }, "beneath ", sidChips(within)),
+      typical.map((item) => h("div", {}, h("span", { class: "title" }, item.title), h("code", { class: "id" }, item.item_id)))),
+  ] }));
+  return table("What each step meant", columns, rows, "steps");
 }
 
 function answerView(answer, path) {

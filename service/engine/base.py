@@ -16,6 +16,7 @@ from semantic_ids.bundle import Bundle
 from semantic_ids.codes import SidSpace, TokenIds
 from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.filters import ItemFilter
+from semantic_ids.step_reader import StepReading
 from semantic_ids.trie import Ranks
 
 
@@ -118,6 +119,19 @@ class DecodeRequest:
     program: StepProgram
     catalog_id: str  # the `Bundle.catalog_id` that prompt and filter were made for
     exploration: Exploration | None = None
+    wants_trace: bool = False
+    """Whether the steps of the best item are to be read, where the bundle's model thinks in any."""
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What the thinking steps before the codes of the best item meant, in their order.
+
+    A step that was not run, because the codes before it leave one SID, is not there.
+    """
+
+    rank: int
+    steps: tuple[StepReading, ...]
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,7 @@ class DecodeResult:
     queue_s: float = 0.0
     think_s: float = 0.0
     decode_s: float = 0.0
+    trace: StepTrace | None = None  # None too where nothing reads the model's steps
 
 
 class Engine(Protocol):

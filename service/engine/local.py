@@ -64,7 +64,8 @@ class _Job:
     def search(self) -> Search:
         """What the process searches for."""
         request = self.request
-        beam = BeamRequest("", request.width, WireFilter.of(request.item_filter), request.exploration)
+        item_filter = WireFilter.of(request.item_filter)
+        beam = BeamRequest("", request.width, item_filter, request.exploration, request.wants_trace)
         return Search(beam, request.catalog_id, self.plan.forced, request.item_filter.bitmap)
 
     def hear(self, token_id: int) -> None:
@@ -256,6 +257,7 @@ def _result(found: Found, decoded: Decoded) -> DecodeResult:
         thought_end=decoded.thought_end,
         think_s=decoded.think_s,
         decode_s=decoded.report.seconds - decoded.think_s,
+        trace=found.trace,
     )
 
 

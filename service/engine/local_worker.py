@@ -15,10 +15,9 @@ import structlog
 import torch
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.decoding.beam import BeamWork, ScoredItems, constrained_beam
+from semantic_ids.decoding.beam import BeamWork
 from semantic_ids.decoding.tree_decoder import TreeDecoder, TreeState
 from semantic_ids.filters import ItemFilter
-from semantic_ids.trie import SidTrie
 from service.engine.base import Think, ThoughtEnd
 from service.engine.batching import run_isolated
 from service.engine.local_process import (
@@ -33,7 +32,8 @@ from service.engine.local_process import (
     Token,
     UseCatalog,
 )
-from service.engine.store import SidStore
+from service.engine.search import Searched, search
+from service.engine.store import CatalogSnapshot, SidStore
 from service.engine.wire import BeamReport, BeamRequest, SidRequestError, pack_answer
 
 log = structlog.get_logger(__name__)
@@ -70,7 +70,9 @@ class LocalWorker:
         bundle = Bundle.load(bundle_path)
         self._connection = connection
         self._store = SidStore()
-        self._decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary, config.dtype)
+        self._decoder = TreeDecoder.load(
+            bundle.model_folder, bundle.vocabulary, config.dtype, fed_back=bundle.renderer.fed_back
+        )
         connection.send(Ready(self._store.add(bundle), self._decoder.max_positions))
 
     def serve(self) -> None:
@@ -113,9 +115,8 @@ class LocalWorker:
                 jobs.append(error)
         sound = [job for job in jobs if isinstance(job, _Job)]
 
-        def run(together: Sequence[_Job]) -> list[ScoredItems]:
-            trie = self._store.snapshot(batch.catalog_id).catalog.trie
-            return self._beam(number, batch, trie, together, work, thoughts)
+        def run(together: Sequence[_Job]) -> list[Searched]:
+            return self._beam(number, batch, self._store.snapshot(batch.catalog_id), together, work, thoughts)
 
         found = iter(run_isolated(run, sound))
         answers = [next(found) if isinstance(job, _Job) else job for job in jobs]
@@ -137,26 +138,18 @@ class LocalWorker:
         self,
         number: int,
         batch: Decode,
-        trie: SidTrie,
+        snapshot: CatalogSnapshot,
         jobs: Sequence[_Job],
         work: BeamWork,
         thoughts: list[_Thought],
-    ) -> list[ScoredItems]:
+    ) -> list[Searched]:
         state, forced = self._decoder.prefill([job.prompt for job in jobs]), batch.forced
         if batch.think is not None:
             thought = self._think(number, state, batch.think)
             thoughts.append(thought)
             state, forced = thought.state, (batch.think.close + forced[0], *forced[1:])
-        return constrained_beam(
-            self._decoder,
-            trie,
-            state,
-            [job.item_filter for job in jobs],
-            [job.request.width for job in jobs],
-            forced=forced,
-            work=work,
-            exploration=[job.request.exploration for job in jobs],
-        )
+        requests, filters = [job.request for job in jobs], [job.item_filter for job in jobs]
+        return search(self._decoder, snapshot, state, requests, filters, forced, work)
 
     def _think(self, number: int, state: TreeState, think: Think) -> _Thought:
         """Write greedily on from the one prompt in `state`; `_GivenUpError` as soon as the caller is gone."""

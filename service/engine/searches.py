@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from semantic_ids.filters import RankBitmap
 from semantic_ids.trie import Ranks
-from service.engine.base import EngineError, EngineUnavailableError
-from service.engine.wire import PROPENSITY_DTYPE, RANK_DTYPE, SCORE_DTYPE, BeamRequest, pack_bitmap
+from service.engine.base import EngineError, EngineUnavailableError, StepTrace
+from service.engine.wire import PROPENSITY_DTYPE, RANK_DTYPE, SCORE_DTYPE, BeamRequest, pack_bitmap, unpack_trace
 from service.metrics import Metrics
 
 
@@ -32,6 +32,7 @@ class Found:
     ranks: Ranks
     scores: npt.NDArray[np.float32]
     propensity: npt.NDArray[np.float64] | None
+    trace: StepTrace | None
 
 
 Ask: TypeAlias = Callable[[Sequence[int]], Awaitable[list[dict[str, Any]]]]
@@ -66,6 +67,7 @@ def _found(answer: dict[str, Any]) -> Found | Exception:
             np.frombuffer(answer["ranks"], RANK_DTYPE).astype(np.int64),
             np.frombuffer(answer["scores"], SCORE_DTYPE),
             None if propensity is None else np.frombuffer(propensity, PROPENSITY_DTYPE),
+            unpack_trace(answer["trace"]),
         )
     text = f"{answer['error']}: {answer['message']}"
     is_ours = answer["error"] in ("internal", "unknown_capture", "unknown_catalog", "unknown_bitmap")

@@ -5,13 +5,14 @@ processes. vLLM makes its worker and its processors by name, so they meet in thi
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.catalog import load_trie
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.filters import ItemFilter, RankBitmap
+from semantic_ids.step_reader import StepReader
 from semantic_ids.trie import SidTrie
 from service.engine.wire import SidRequestError, WireFilter, unpack_bitmap, unpack_ranks
 
@@ -37,6 +38,7 @@ class CatalogSnapshot:
     catalog_id: str
     catalog: DecodingCatalog
     vocabulary: SidVocabulary
+    step_reader: StepReader | None = None
 
 
 class SidStore:
@@ -55,13 +57,14 @@ class SidStore:
         """Keep a loaded bundle's catalogue; its id."""
         catalog_id = bundle.catalog_id
         catalog = DecodingCatalog(bundle.catalog.trie)
-        self._catalogs.setdefault(catalog_id, CatalogSnapshot(catalog_id, catalog, bundle.vocabulary))
+        snapshot = CatalogSnapshot(catalog_id, catalog, bundle.vocabulary, bundle.step_reader)
+        self._catalogs.setdefault(catalog_id, snapshot)
         return catalog_id
 
     def load_epoch(self, base_id: str, catalog_id: str, folder: Path) -> None:
         """Map the trie of an epoch of the catalogue `base_id`, as `Catalog.save_trie` wrote it."""
-        vocabulary = self.snapshot(base_id).vocabulary
-        self._catalogs[catalog_id] = CatalogSnapshot(catalog_id, DecodingCatalog(load_trie(folder)), vocabulary)
+        base = self.snapshot(base_id)
+        self._catalogs[catalog_id] = replace(base, catalog_id=catalog_id, catalog=DecodingCatalog(load_trie(folder)))
 
     def forget(self, catalog_id: str) -> None:
         """Forget a catalogue, if it is there, and its bitmaps."""

@@ -103,6 +103,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Start every replica, one after the other: each takes a core for itself; `EngineError` if one cannot."""
+        _refuse_continuous(self._bundle)
         check_installation()
         for one in self._replicas:
             await one.start()
@@ -116,8 +117,9 @@ class VllmEngine:
 
         One replica after the other answers what it has begun, then changes; until the last one has, both bundles'
         requests are answered where they belong. `EngineError` where the model's shape differs (such a bundle needs an
-        engine of its own) or a replica fails: then all serve the old one again.
+        engine of its own), its steps are continuous or a replica fails: then all serve the old one again.
         """
+        _refuse_continuous(bundle)
         async with self._swapping:
             changed: list[_Replica] = []
             try:
@@ -165,6 +167,16 @@ class VllmEngine:
 def affinity(prompt: TokenIds, replica: int) -> bytes:
     """The replica with the largest one gets the prompt (rendezvous hashing): one that goes moves no other's prompts."""
     return blake2b(prompt[:AFFINITY_TOKENS].tobytes(), digest_size=8, salt=replica.to_bytes(8)).digest()
+
+
+def _refuse_continuous(bundle: Bundle) -> None:
+    """`EngineError` for a model whose steps read more than their tokens: it would answer, and wrongly."""
+    if bundle.renderer.fed_back:
+        raise EngineError(
+            f"bundle {bundle.bundle_id} has prompt version {bundle.renderer.version}: its thinking steps are "
+            "continuous, and the vLLM engine runs discrete ones only. Set SIDREC_ENGINE=local, or train with "
+            "sft.step_form=discrete"
+        )
 
 
 def check_installation() -> None:
@@ -348,7 +360,8 @@ class _Replica:
         thought_at = time.monotonic()
         key = uuid4().hex
         try:
-            wire = BeamRequest(key, request.width, WireFilter.of(request.item_filter), request.exploration)
+            item_filter = WireFilter.of(request.item_filter)
+            wire = BeamRequest(key, request.width, item_filter, request.exploration, request.wants_trace)
             await self._prefill(prompt, key, room_for(steps.forced, wire.num_beams))
             self._metrics.engine_prefill_seconds.observe(time.monotonic() - thought_at)
             found = await self._batcher.submit(
@@ -366,6 +379,7 @@ class _Replica:
             queue_s=queue_s + found.queue_s,
             think_s=thought_at - started_at,
             decode_s=time.monotonic() - thought_at - found.queue_s,
+            trace=found.answer.trace,
         )
 
     def _check_length(self, prompt: Sequence[int], steps: Plan, rest: int) -> None:

@@ -17,9 +17,10 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from semantic_ids.decoding.beam import BeamWork, ScoredItems, constrained_beam
+from semantic_ids.decoding.beam import BeamWork
 from semantic_ids.filters import ItemFilter
 from service.engine.batching import run_isolated
+from service.engine.search import Searched, search
 from service.engine.store import STORE
 from service.engine.vllm_runner import Capture, PagedState, PagedTreeDecoder
 from service.engine.wire import (
@@ -148,7 +149,7 @@ class SidWorkerMixin:
 
     def _answers(
         self, catalog_id: str, forced: Sequence[Sequence[int]], requests: Sequence[BeamRequest], work: BeamWork
-    ) -> list[ScoredItems | Exception]:
+    ) -> list[Searched | Exception]:
         jobs: list[_Job | Exception] = []
         for request in requests:
             try:
@@ -174,19 +175,10 @@ class SidWorkerMixin:
 
     def _beam(
         self, catalog_id: str, forced: Sequence[Sequence[int]], jobs: Sequence["_Job"], work: BeamWork
-    ) -> list[ScoredItems]:
-        trie = STORE.snapshot(catalog_id).catalog.trie
-        room = room_for(forced, max(job.request.num_beams for job in jobs))
-        return constrained_beam(
-            self._ready_decoder(),
-            trie,
-            PagedState([job.capture for job in jobs], room),
-            [job.item_filter for job in jobs],
-            [job.request.width for job in jobs],
-            forced=forced,
-            work=work,
-            exploration=[job.request.exploration for job in jobs],
-        )
+    ) -> list[Searched]:
+        state = PagedState([job.capture for job in jobs], room_for(forced, max(job.request.num_beams for job in jobs)))
+        requests, filters = [job.request for job in jobs], [job.item_filter for job in jobs]
+        return search(self._ready_decoder(), STORE.snapshot(catalog_id), state, requests, filters, forced, work)
 
     def _ready_decoder(self) -> PagedTreeDecoder:
         if self._decoder is None:

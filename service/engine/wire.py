@@ -13,10 +13,12 @@ import structlog
 
 from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.filters import ItemFilter, RankBitmap
+from semantic_ids.step_reader import StepReading
 from semantic_ids.trie import Ranks
+from service.engine.base import StepTrace
 
 if TYPE_CHECKING:
-    from semantic_ids.decoding.beam import ScoredItems
+    from service.engine.search import Searched
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +98,7 @@ class BeamRequest:
     width: int
     item_filter: WireFilter
     exploration: Exploration | None = None
+    wants_trace: bool = False
 
     @property
     def num_beams(self) -> int:
@@ -109,6 +112,7 @@ class BeamRequest:
             "width": self.width,
             "filter": self.item_filter.as_wire(),
             "exploration": None if self.exploration is None else list(astuple(self.exploration)),
+            "wants_trace": self.wants_trace,
         }
 
     @classmethod
@@ -116,7 +120,7 @@ class BeamRequest:
         """Our own service sends it, so only its filter is checked."""
         explored = wire["exploration"]
         exploration = None if explored is None else Exploration(*explored)
-        return cls(wire["key"], wire["width"], WireFilter.parse(wire["filter"]), exploration)
+        return cls(wire["key"], wire["width"], WireFilter.parse(wire["filter"]), exploration, wire["wants_trace"])
 
 
 def room_for(forced: Sequence[Sequence[int]], num_beams: int) -> int:
@@ -141,16 +145,23 @@ class BeamReport:
         return asdict(self)
 
 
-def pack_answer(answer: "ScoredItems | Exception") -> dict[str, Any]:
+def pack_answer(answer: "Searched | Exception") -> dict[str, Any]:
     """What one search found, or why it failed; a fault of our own goes into this process's log."""
     if isinstance(answer, SidRequestError):
         return answer.as_wire()
     if isinstance(answer, Exception):
         log.error("beam_failed", exc_info=answer)
         return SidRequestError("internal", f"decoding failed: {type(answer).__name__}").as_wire()
-    propensity = None if answer.propensity is None else answer.propensity.astype(PROPENSITY_DTYPE).tobytes()
-    scores = answer.scores.astype(SCORE_DTYPE).tobytes()
-    return {"ranks": pack_ranks(answer.ranks), "scores": scores, "propensity": propensity}
+    items, trace = answer.items, answer.trace
+    propensity = None if items.propensity is None else items.propensity.astype(PROPENSITY_DTYPE).tobytes()
+    scores = items.scores.astype(SCORE_DTYPE).tobytes()
+    steps = None if trace is None else [trace.rank, [list(astuple(step)) for step in trace.steps]]
+    return {"ranks": pack_ranks(items.ranks), "scores": scores, "propensity": propensity, "trace": steps}
+
+
+def unpack_trace(wire: Sequence[Any] | None) -> StepTrace | None:
+    """The trace of an answer that `pack_answer` made."""
+    return None if wire is None else StepTrace(wire[0], tuple(StepReading(*step) for step in wire[1]))
 
 
 def pack_ranks(ranks: Ranks) -> bytes:

@@ -102,6 +102,7 @@ rqvae+cf-permuted gives the items each other's collaborative vectors: the loss w
 """
 
 _UNIFORM, _CLUSTERS = {"sft.steps": "[1,1,1]"}, {"sft.step_clusters": "16"}
+_INTEREST, _CONTINUOUS = {"sft.global_interest": "0.1"}, {"sft.step_form": "continuous"}
 STEP_ROWS: dict[str, dict[str, str]] = {
     "plain": {},
     "pause": _UNIFORM,
@@ -110,10 +111,13 @@ STEP_ROWS: dict[str, dict[str, str]] = {
     "deeper": {"sft.num_layers": "5"},
     "uniform": _UNIFORM | _CLUSTERS,
     "front-loaded": {"sft.steps": "[3,0,0]"} | _CLUSTERS,
-    "full": _UNIFORM | _CLUSTERS | {"sft.global_interest": "0.1"},
+    "full": _UNIFORM | _CLUSTERS | _INTEREST,
+    "continuous-pause": _UNIFORM | _CONTINUOUS,
+    "continuous": _UNIFORM | _CLUSTERS | _INTEREST | _CONTINUOUS,
 }
 """The rows of the profiles about steps: S²GR (full), what it is without one of its parts, and its controls.
 
+All are in the discrete form but the last two, which are pause and full in the continuous one.
 deeper: a row with steps runs 8 tokens where a plain one runs 3, so 5 layers in place of 2 cost it as much.
 """
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -304,11 +305,60 @@ def test_codes_before_the_first_choice_add_exactly_nought():
     assert np.exp(answer.scores).sum() == pytest.approx(1, abs=1e-6)
 
 
+@torch.inference_mode()
+def exhaustive_scores_fed_back(
+    model: PreTrainedModel,
+    sids: Sequence[tuple[int, ...]],
+    prompt: npt.NDArray[np.int64],
+    forced: Forced,
+    fed_back: Sequence[int],
+) -> list[float]:
+    """As above, token by token, without a cache: a token behind the prompt that is fed back gets the output before."""
+    scores = []
+    for sid in sids:
+        inputs = model.get_input_embeddings()(torch.from_numpy(prompt))[None]
+        score = 0.0
+        for level, code in enumerate(sid):
+            for token_id in (*forced[level], FIRST_TOKEN_ID + level * SPACE.codebook_size + code):
+                output = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
+                row = model.get_input_embeddings()(torch.tensor([[token_id]]))
+                inputs = torch.cat((inputs, row + output if token_id in fed_back else row), dim=1)
+            legal = sorted({other[level] for other in sids if other[:level] == sid[:level]})
+            token_ids = [FIRST_TOKEN_ID + level * SPACE.codebook_size + other for other in legal]
+            logits = model.get_output_embeddings()(output)[0, 0].double()  # before the code, the last token run
+            score += float(logits[token_ids].log_softmax(-1)[legal.index(code)])
+        scores.append(score)
+    return scores
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-@pytest.mark.parametrize("forced", [[], [[2], [3, 4], [], [5]]])
-def test_a_batch_of_eight_answers_like_eight_requests(architecture: Architecture, forced: Forced):
+@pytest.mark.parametrize("forced", [[[2], [3], [4]], [[2, 3, 4], [], []], [[], [2, 3], [4]]])
+def test_tokens_fed_back_equal_exhaustive_scoring_token_by_token(architecture: Architecture, forced: Forced):
+    """In a batch of prompts of different lengths; what is not among `fed_back` is a token as any other."""
+    catalog, model, prompts = random_catalog(num_items=12), tiny_model(architecture), random_prompts(2, 0)
+    sids = [tuple(sid) for sid in catalog.codes.tolist()]
+    answers: dict[tuple[int, ...], list[dict[int, float]]] = {}
+    for fed_back in ((), (2, 4), (2, 3, 4)):
+        decoder = TreeDecoder(model, vocabulary(SPACE), fed_back=fed_back)
+        answers[fed_back] = [by_rank(answer) for answer in beam(decoder, catalog.trie, prompts, forced=forced)]
+        for prompt, answer in zip(prompts, answers[fed_back], strict=True):
+            expected = exhaustive_scores_fed_back(model, sids, prompt, forced, fed_back)
+            assert answer == pytest.approx(dict(enumerate(expected)), abs=3e-5)
+    for one, other in pairwise(answers.values()):
+        pairs = zip(one, other, strict=True)
+        assert max(abs(left[rank] - right[rank]) for left, right in pairs for rank in left) > 0.01
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("forced", "fed_back"), [([], []), ([[2], [3, 4], [], [5]], []), ([[2], [3, 4], [], [5]], [2, 3, 4, 5])]
+)
+def test_a_batch_of_eight_answers_like_eight_requests(
+    architecture: Architecture, forced: Forced, fed_back: Sequence[int]
+):
     space = SidSpace(4, 5)
-    catalog, decoder = random_catalog(space, 60), decoder_for(space, architecture)
+    catalog = random_catalog(space, 60)
+    decoder = TreeDecoder(tiny_model(architecture), vocabulary(space), fed_back=fed_back)
     prompts = random_prompts(8, 0, longest=30)
     generator = np.random.default_rng(0)
     filters = [ItemFilter.of(60, deny=generator.integers(0, 60, 15)) for _ in prompts]
@@ -319,10 +369,13 @@ def test_a_batch_of_eight_answers_like_eight_requests(architecture: Architecture
         assert np.allclose(answer.scores, alone.scores, atol=ATOL)
 
 
-@pytest.mark.parametrize("forced", [[], [[2], [3, 4], [5]]])
-def test_two_searches_from_one_prefilled_state_agree(forced: Forced):
+@pytest.mark.parametrize(
+    ("forced", "fed_back"), [([], []), ([[2], [3, 4], [5]], []), ([[2], [3, 4], [5]], [2, 3, 4, 5])]
+)
+def test_two_searches_from_one_prefilled_state_agree(forced: Forced, fed_back: Sequence[int]):
     """As evaluation does, with and without a filter in between."""
-    catalog, decoder, prompts = random_catalog(), decoder_for(SPACE), random_prompts(3, 0)
+    catalog, prompts = random_catalog(), random_prompts(3, 0)
+    decoder = TreeDecoder(tiny_model(), vocabulary(SPACE), fed_back=fed_back)
     filters, widths = [ItemFilter.of(len(catalog))] * 3, [10] * 3
     narrow = [ItemFilter.of(len(catalog), allow=np.array([7]))] * 3
     state = decoder.prefill(prompts)

@@ -18,13 +18,17 @@ from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_SPECIAL_TOKENS,
     COMPACT_VERSION,
+    CONTINUOUS_VERSION,
+    STEPWISE_VERSION,
     THINKING_TOKENS,
     THINKING_VERSION,
     ChatPrompt,
     CompactPrompt,
+    ContinuousPrompt,
     PromptError,
     PromptRenderer,
     PromptSpec,
+    StepwisePrompt,
     ThinkingChatPrompt,
     make_renderer,
     window_start,
@@ -234,10 +238,25 @@ def test_every_prompt_version_has_its_renderer():
     thinking = make_renderer(PromptSpec(version=3, max_history=5), CHAT_VOCABULARY, FileTokenizer(TOKENIZER))
     assert (chat.version, type(chat)) == (CHAT_VERSION, ChatPrompt)
     assert (thinking.version, type(thinking)) == (THINKING_VERSION, ThinkingChatPrompt)
+    steps = [
+        make_renderer(PromptSpec(version=version, max_history=5, steps=(2, 0, 1)), COMPACT_VOCABULARY)
+        for version in (STEPWISE_VERSION, CONTINUOUS_VERSION)
+    ]
+    assert [type(one) for one in steps] == [StepwisePrompt, ContinuousPrompt]
+    assert [one.version for one in steps] == [STEPWISE_VERSION, CONTINUOUS_VERSION]
+
+
+def test_the_continuous_form_has_the_steps_of_the_discrete_one_and_feeds_them_back():
+    discrete, continuous = (
+        make_renderer(PromptSpec(version=version, max_history=5, steps=(2, 0, 1)), COMPACT_VOCABULARY)
+        for version in (STEPWISE_VERSION, CONTINUOUS_VERSION)
+    )
+    assert discrete.forced == continuous.forced == ((3, 4), (), (5,))
+    assert (discrete.fed_back, continuous.fed_back) == ((), (3, 4, 5))
 
 
 def test_an_unknown_version_is_refused_with_the_known_ones():
-    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2, 3, 4\]"):
+    with pytest.raises(PromptError, match=r"no renderer for prompt version 99; this build knows \[1, 2, 3, 4, 5\]"):
         make_renderer(PromptSpec(version=99, max_history=5), COMPACT_VOCABULARY)
 
 

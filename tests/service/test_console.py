@@ -22,6 +22,7 @@ from service.settings import Settings
 from tests.service.engines import instant
 from tests.service.running import Service, running
 from tests.service.test_sse import gated, listening
+from tests.service.test_step_trace import publish_stepwise
 from tests.service.thinking import PIECES, RATIONALE, THOUGHT_IDS
 from tests.service.world import ITEMS, make_parts
 
@@ -352,6 +353,24 @@ async def test_a_thought_is_shown_while_it_is_written(reciting: Bundle, browser:
         engine.let(len(THOUGHT_IDS))
         await page.wait_for_selector("table.items")
         assert await page.locator(".thought-text").text_content() == RATIONALE
+
+
+async def test_steps_are_shown_with_what_they_meant(browser: Browser, tmp_path: Path):
+    settings = Settings(bundles=publish_stepwise(tmp_path), data_dir=tmp_path / "redis")
+    async with running(settings) as service, page_of(service, browser) as console:
+        page = await console.open()
+        await page.fill("#history", "\n".join(item.item_id for item in ITEMS[10:15]))
+        await page.fill("#deadline_ms", "60000")
+        await page.check("#include_rationale")
+        await page.click("#ask button[type=submit]")
+        await page.wait_for_selector("table.items")
+        assert (await page.locator(".thought-text").text_content() or "").startswith("Step 1 leans (")
+        rows = await page.locator("table.steps tbody tr").all()
+        answer = await service.recommend(history=[item.item_id for item in ITEMS[10:15]], include_rationale=True)
+        assert len(rows) == len(answer["trace"])
+        for row, step in zip(rows, answer["trace"], strict=True):
+            assert await row.locator(".title").all_text_contents() == [item["title"] for item in step["typical"]]
+            assert await row.locator("td").nth(1).text_content() == str(step["cluster"])
 
 
 async def test_experiments_need_an_administrators_key_that_stays_in_the_tab(

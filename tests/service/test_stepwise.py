@@ -1,6 +1,7 @@
 """A bundle whose model thinks in steps: served with its steps before every code, in every kind of answer."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from semantic_ids.bundle import Bundle, publish
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
-from semantic_ids.prompt import STEPWISE_VERSION, HistoryItem, PromptSpec
+from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, HistoryItem, PromptSpec
+from service.app import make_engine
+from service.engine.base import EngineError
+from service.engine.local import LocalEngine
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.running import Service, running
 from tests.service.world import ITEM_IDS, MAX_HISTORY, NUM_ITEMS, ids_of, make_parts, scores_of
@@ -22,23 +27,31 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 HISTORY = list(ITEM_IDS[:4])
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stepwise(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=[STEPWISE_VERSION, CONTINUOUS_VERSION], ids=["discrete", "continuous"]
+)
+async def stepwise(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     """The service on the usual model, whose prompts force two steps before the first code and one before the third."""
-    root = tmp_path_factory.mktemp("bundles")
-    prompt = PromptSpec(version=STEPWISE_VERSION, max_history=MAX_HISTORY, steps=(2, 0, 1))
-    publish(root, replace(make_parts(tmp_path_factory.mktemp("model")), prompt=prompt), lambda bundle: None)
-    async with running(Settings(bundles=root, data_dir=tmp_path_factory.mktemp("redis"))) as service:
+    bundle = publish_stepwise(tmp_path_factory.mktemp("bundles"), tmp_path_factory.mktemp("model"), request.param)
+    async with running(Settings(bundles=bundle.path.parent, data_dir=tmp_path_factory.mktemp("redis"))) as service:
         yield service
 
 
-def expected_scores(bundles: Path, *, with_steps: bool) -> dict[str, float]:
-    """Every unseen item's score after the history, computed without the service."""
+def publish_stepwise(root: Path, model: Path, version: int) -> Bundle:
+    prompt = PromptSpec(version=version, max_history=MAX_HISTORY, steps=(2, 0, 1))
+    return publish(root, replace(make_parts(model), prompt=prompt), lambda bundle: None)
+
+
+def expected_scores(
+    bundles: Path, *, with_steps: bool = True, fed_back: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Every unseen item's score after the history, computed without the service; `fed_back` as the prompts have it."""
     bundle = Bundle.load_current(bundles)
     catalog = bundle.catalog
     ranks, _ = catalog.ranks_of(HISTORY)
     items = [HistoryItem(catalog.codes[rank], catalog.titles[rank]) for rank in ranks]
-    decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary)
+    fed_back = bundle.renderer.fed_back if fed_back is None else fed_back
+    decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary, fed_back=fed_back)
     found = constrained_beam(
         decoder,
         catalog.trie,
@@ -53,11 +66,15 @@ def expected_scores(bundles: Path, *, with_steps: bool) -> dict[str, float]:
 async def test_answers_are_scored_behind_the_steps(stepwise: Service, tmp_path: Path):
     root = stepwise.state.bundle.path.parent
     answer = await stepwise.recommend(history=HISTORY, num_items=20)
-    expected = expected_scores(root, with_steps=True)
-    assert (answer["source"], answer["versions"]["prompt"]) == ("model", STEPWISE_VERSION)
+    expected = expected_scores(root)
+    version = stepwise.state.bundle.renderer.version
+    assert (answer["source"], answer["versions"]["prompt"]) == ("model", version)
     assert scores_of(answer) == pytest.approx({item: expected[item] for item in ids_of(answer)}, abs=1e-4)
     without = expected_scores(root, with_steps=False)
     assert max(abs(without[item] - expected[item]) for item in expected) > 0.01, "the steps say something"
+    discrete = expected_scores(root, fed_back=())
+    difference = max(abs(discrete[item] - expected[item]) for item in expected)
+    assert difference > 0.01 if version == CONTINUOUS_VERSION else difference == 0
 
 
 async def test_rerank_agrees_with_recommend(stepwise: Service):
@@ -65,3 +82,26 @@ async def test_rerank_agrees_with_recommend(stepwise: Service):
     reranked = await stepwise.rerank(history=HISTORY, candidates=ids_of(answer)[::-1])
     assert ids_of(reranked) == ids_of(answer)
     assert scores_of(reranked) == pytest.approx(scores_of(answer), abs=1e-4)
+
+
+async def test_many_at_once_are_answered_as_one_at_a_time(stepwise: Service):
+    """Prompts of different lengths in one batch, each with the outputs of its own beams."""
+    histories = [list(ITEM_IDS[start : start + length]) for start, length in [(0, 1), (3, 4), (9, 2), (20, 5)]]
+    alone = [await stepwise.recommend(history=history, num_items=20) for history in histories]
+    together = await asyncio.gather(*(stepwise.recommend(history=history, num_items=20) for history in histories))
+    for one, other in zip(alone, together, strict=True):
+        assert ids_of(one) == ids_of(other)
+        assert scores_of(one) == pytest.approx(scores_of(other), abs=1e-4)
+
+
+async def test_the_vllm_engine_refuses_continuous_steps_and_auto_takes_the_local_one(tmp_path: Path):
+    bundle = publish_stepwise(tmp_path / "bundles", tmp_path / "model", CONTINUOUS_VERSION)
+    settings = Settings(bundles=bundle.path.parent, data_dir=tmp_path / "redis", engine="vllm")
+    rule = (
+        f"bundle {bundle.bundle_id} has prompt version 5: its thinking steps are continuous, and the vLLM engine runs "
+        r"discrete ones only\. Set SIDREC_ENGINE=local, or train with sft\.step_form=discrete"
+    )
+    with pytest.raises(EngineError, match=rule):
+        async with running(settings):
+            pass
+    assert isinstance(make_engine(bundle, settings.model_copy(update={"engine": "auto"}), Metrics()), LocalEngine)

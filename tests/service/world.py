@@ -21,6 +21,7 @@ from semantic_ids.codes import SidSpace, SidVocabulary
 from semantic_ids.neighbours import Neighbours
 from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, COMPACT_VERSION, PromptSpec
 from semantic_ids.quantizer import ResidualQuantizer
+from semantic_ids.step_reader import NO_CLUSTER, StepReader
 from semantic_ids.text_encoder import PACKAGED_MINILM, TextEncoderIdentity
 
 SPACE = SidSpace(num_levels=3, codebook_size=16)
@@ -171,6 +172,21 @@ def make_parts(
         config_hash="0" * 64,
         metrics={"recall@10": 0.125},
     )
+
+
+def make_step_reader(quantizer: ResidualQuantizer, hidden_size: int = 32) -> StepReader:
+    """Four clusters a level: a used code is in that of its number modulo 4. Projections are random, always the same."""
+    cluster_of_code = np.full(_codebook_shape(), NO_CLUSTER, np.int16)
+    centres = np.zeros((SPACE.num_levels, 4, quantizer.codebooks.shape[2]), np.float32)
+    for level in range(SPACE.num_levels):
+        used = np.array(sorted({item.codes[level] for item in ITEMS}))
+        cluster_of_code[level, used] = used % 4
+        for cluster in range(4):
+            mean = quantizer.codebooks[level][used[used % 4 == cluster]].mean(axis=0)
+            centres[level, cluster] = mean / np.linalg.norm(mean)
+    shape = (SPACE.num_levels, hidden_size, quantizer.codebooks.shape[2])
+    projection = np.random.default_rng(1).normal(0, 1, shape).astype(np.float32)
+    return StepReader(centres, projection, cluster_of_code, np.array([0.1], np.float32))
 
 
 def _catalog(items: Iterable[Item]) -> Catalog:

@@ -22,6 +22,7 @@ from semantic_ids.filters import ItemFilter
 from semantic_ids.prompt import (
     CHAT_VERSION,
     COMPACT_VERSION,
+    CONTINUOUS_VERSION,
     STEPWISE_VERSION,
     THINKING_VERSION,
     PromptRenderer,
@@ -85,7 +86,14 @@ def random_split(seed: int = 0, count: int = 12) -> TargetSplit:
     return TargetSplit(Sequences.of(histories), rng.integers(0, NUM_ITEMS, count).astype(np.int32))
 
 
-STEPS = {"compact": (), "steps": (1, 1, 1), "early_steps": (2, 0, 1)}
+STEPS: dict[str, dict[str, object]] = {
+    "compact": {},
+    "steps": {"steps": (1, 1, 1)},
+    "early_steps": {"steps": (2, 0, 1)},
+    "continuous": {"steps": (1, 1, 1), "step_form": "continuous"},
+    "continuous_early_steps": {"steps": (2, 0, 1), "step_form": "continuous"},
+    "continuous_late_steps": {"steps": (0, 1, 2), "step_form": "continuous"},
+}
 
 
 @pytest.fixture(
@@ -94,6 +102,9 @@ STEPS = {"compact": (), "steps": (1, 1, 1), "early_steps": (2, 0, 1)}
         "compact qwen3",
         "steps llama",
         "early_steps qwen3",
+        "continuous llama",
+        "continuous_early_steps qwen3",
+        "continuous_late_steps llama",
         "chat llama",
         "chat qwen3",
         "chat phi",
@@ -106,7 +117,7 @@ def built(
     """A model of either prompt kind, ready to score, with weights that tell items apart."""
     kind, architecture = request.param.split()
     if kind in STEPS:
-        config = config_of(architecture=architecture, steps=STEPS[kind])
+        config = config_of(architecture=architecture, **STEPS[kind])
     else:
         config = config_of(base_model=str(pretrained[architecture]), thinking=kind == "thinking")
     model, vocabulary, renderer = build_model(config, CATALOG, tmp_path)
@@ -124,7 +135,7 @@ def test_the_trained_likelihood_is_the_served_score(built):
     windows = prompt_windows(split.histories, split.targets, MAX_HISTORY)
     batch = Examples(CATALOG, vocabulary, renderer).batch_of_last(windows)
     trained = item_log_likelihood(model, CATALOG, vocabulary, batch).numpy()
-    served = decoded_scores(TreeDecoder(model, vocabulary), renderer, split)
+    served = decoded_scores(TreeDecoder(model, vocabulary, fed_back=renderer.fed_back), renderer, split)
     assert np.ptp(served) > 0.5
     assert trained == pytest.approx(served, abs=1e-4)
 
@@ -137,9 +148,9 @@ def test_every_position_of_a_training_row_has_the_score_of_its_own_prompt(built)
     batch = Examples(CATALOG, vocabulary, renderer).batch(Sequences.of([window]))
     trained = item_log_likelihood(model, CATALOG, vocabulary, batch).numpy()
     prefixes = TargetSplit(Sequences.of([window[:place] for place in range(len(window))]), window)
-    served = decoded_scores(TreeDecoder(model, vocabulary), renderer, prefixes)
+    served = decoded_scores(TreeDecoder(model, vocabulary, fed_back=renderer.fed_back), renderer, prefixes)
     assert batch.ranks.tolist() == window.tolist()
-    if renderer.spec.version in (COMPACT_VERSION, STEPWISE_VERSION):
+    if renderer.spec.version in (COMPACT_VERSION, STEPWISE_VERSION, CONTINUOUS_VERSION):
         assert trained == pytest.approx(served, abs=1e-4)
     else:
         assert trained[-1] == pytest.approx(served[-1], abs=1e-4)

@@ -8,11 +8,14 @@ import torch
 from pydantic import ValidationError
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.prompt import STEPWISE_VERSION, PromptError, PromptSpec, make_renderer
+from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, PromptError, PromptSpec, make_renderer
 from tests.training.conftest import Cli, Run
-from tests.training.test_sft import CATALOG, CYCLE, VALIDATION, config_of, decoded_scores
+from tests.training.test_sft import CATALOG, CYCLE, MAX_HISTORY, VALIDATION, config_of, decoded_scores
+from training.examples import Examples, history_items
 from training.generator import TrainedModel, build_model, compact_vocabulary
 from training.learner import Teaching
+from training.likelihood import hidden_states
+from training.sequences import Sequences
 from training.sft import SftSummary, run
 from training.stage import StageError, StageFolder
 from training.stepwise import GlobalInterest, StepClusters, with_branches
@@ -61,6 +64,30 @@ class TestBranches:
         made = with_branches(self.BACKBONE, self.ROWS, self.ANCHORS, self.TARGETS, ((), (6,)))
         assert made.token_ids[0].tolist() == [1, 20, 40, 21, 41, 20, 6, 21, 6]
         assert made.positions.tolist() == [[0, 6], [2, 8], [0, 6]]
+
+    def test_what_is_fed_back_begins_a_pass_and_reads_the_token_before_it(self):
+        made = with_branches(self.BACKBONE, self.ROWS, self.ANCHORS, self.TARGETS, ((5,), (6, 7)), (5, 6, 7))
+        assert made.tree.ends == (5, 9, 11, 13)
+        assert made.token_ids.tolist() == [
+            [1, 20, 40, 21, 41, 5, 20, 5, 21, 6, 6, 7, 7],
+            [1, 22, 42, 0, 0, 5, 22, 0, 0, 6, 0, 7, 0],
+        ]
+        assert made.positions.tolist() == [[5, 11], [7, 12], [5, 11]]
+        assert made.tree.position_ids[0].tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 3, 5, 4, 6]
+        nobody = [-1] * 5
+        assert made.tree.sources.tolist() == [
+            [*nobody, 0, -1, 2, -1, 6, 8, 9, 10],
+            [*nobody, 0, -1, -1, -1, 6, -1, 9, -1],
+        ]
+        assert made.tree.visible[0, 12].nonzero()[:, 0].tolist() == [0, 1, 2, 7, 8, 10, 12]
+        assert made.tree.visible[0, 9].nonzero()[:, 0].tolist() == [0, 5, 6, 9]
+
+    def test_a_first_code_without_a_step_is_run_with_the_backbone(self):
+        made = with_branches(self.BACKBONE, self.ROWS, self.ANCHORS, self.TARGETS, ((), (6,)), (6,))
+        assert made.tree.ends == (7, 9)
+        assert made.token_ids[0].tolist() == [1, 20, 40, 21, 41, 20, 21, 6, 6]
+        assert made.positions.tolist() == [[0, 7], [2, 8], [0, 7]]
+        assert made.tree.sources[0].tolist() == [-1] * 7 + [5, 6]
 
 
 class TestClusters:
@@ -123,12 +150,53 @@ def test_the_general_interest_contrasts_other_items_only_and_pulls_the_first_ste
     assert gradient.abs().sum() > 0
 
 
-def test_the_steps_learn_and_what_is_kept_is_a_plain_model_with_its_prompt(tmp_path):
+@pytest.mark.parametrize("steps", [(1, 1, 1), (2, 0, 1), (0, 1, 2)])
+def test_the_gradient_of_passes_is_that_of_every_item_run_token_by_token(steps):
+    """Against the obvious path: no cache, no mask, an item at a time, each input made when the one before has run."""
+    model, vocabulary, renderer = build_model(
+        config_of(steps=steps, step_form="continuous", num_layers=2, dropout=0.0), CATALOG, Path()
+    )
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    windows = Sequences.of([[3, 1, 4, 1], [5, 9]])
+    batch = Examples(CATALOG, vocabulary, renderer).batch(windows)
+    weight = torch.randn(len(batch.ranks), 3, 32)  # any function of the outputs that predict codes
+    in_passes = hidden_states(model, batch)[batch.rows[:, None], batch.positions]
+    rows = model.get_input_embeddings().weight
+    one_by_one = []
+    for window in windows:
+        for place in range(len(window)):
+            plain = make_renderer(PromptSpec(version=1, max_history=MAX_HISTORY), vocabulary)
+            prompt = plain.render([history_items(CATALOG)[rank] for rank in window[:place]]).token_ids
+            inputs = rows[torch.from_numpy(prompt)]
+            for level, token_id in enumerate(vocabulary.token_ids(CATALOG.codes[window[place]]).tolist()):
+                output = model.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
+                for step in renderer.forced[level]:
+                    inputs = torch.cat((inputs, (rows[step] + output)[None]))
+                    output = model.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
+                one_by_one.append(output)
+                inputs = torch.cat((inputs, rows[token_id][None]))
+    expected = torch.stack(one_by_one).view_as(in_passes)
+    torch.testing.assert_close(in_passes, expected, atol=1e-4, rtol=1e-3)
+    parameters = list(model.base_model.parameters())
+    gradients = torch.autograd.grad((in_passes * weight).sum(), parameters)
+    for found, wanted in zip(gradients, torch.autograd.grad((expected * weight).sum(), parameters), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=1e-3)
+
+
+FORMS = pytest.mark.parametrize(
+    ("form", "version"), [("discrete", STEPWISE_VERSION), ("continuous", CONTINUOUS_VERSION)]
+)
+
+
+@FORMS
+def test_the_steps_learn_and_what_is_kept_is_a_plain_model_with_its_prompt(form, version, tmp_path):
     """A cycle is learnt through branches, and the served score of the kept model is the validated one."""
-    summary = train(tmp_path, **EVERYTHING, max_epochs=12, learning_rate=0.01, dropout=0.0)
+    summary = train(tmp_path, **EVERYTHING, step_form=form, max_epochs=12, learning_rate=0.01, dropout=0.0)
     assert summary.validation_log_likelihood > -0.3
     trained = TrainedModel.load(tmp_path, CATALOG)
-    assert (trained.renderer.spec.version, trained.renderer.spec.steps) == (STEPWISE_VERSION, (1, 1, 1))
+    assert (trained.renderer.spec.version, trained.renderer.spec.steps) == (version, (1, 1, 1))
     served = decoded_scores(trained.load_decoder(), trained.renderer, VALIDATION)
     assert served.mean() == pytest.approx(summary.validation_log_likelihood, abs=1e-4)
 
@@ -140,6 +208,8 @@ def test_what_supervises_the_steps_changes_what_is_learnt(tmp_path):
         "shuffled": {"steps": (1, 1, 1), "step_clusters": 2, "step_clusters_shuffled": True},
         "clusters alone": {"step_clusters": 2},
         "interest": {"steps": (1, 1, 1), "global_interest": 0.1},
+        "continuous pause": {"steps": (1, 1, 1), "step_form": "continuous"},
+        "continuous clusters": {"steps": (1, 1, 1), "step_form": "continuous", "step_clusters": 2},
         "plain": {},
     }
     scores = {name: train(tmp_path / name, **settings).validation_log_likelihood for name, settings in rows.items()}
@@ -159,6 +229,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, pretrained):
         config_of(base_model=str(pretrained["llama"]), steps=(1, 1, 1))
     with pytest.raises(ValidationError, match=r"learns: give sft\.steps too"):
         config_of(global_interest=0.1, steps=(0, 1, 1))
+    with pytest.raises(ValidationError, match=r"continuous is a form of thinking steps: give sft\.steps too"):
+        config_of(step_form="continuous", steps=(0, 0, 0))
     with pytest.raises(StageError, match=r"sft.steps=\[1, 1\]: stepwise prompts have a number of steps for each of 3"):
         train(tmp_path / "steps", steps=(1, 1))
     config = config_of(step_clusters=2)
@@ -166,12 +238,16 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, pretrained):
         run(config, CATALOG, CYCLE, VALIDATION, StageFolder(tmp_path / "clusters", config, {}))
 
 
-def test_a_stepwise_model_goes_from_data_to_a_bundle(finished: Run, cli: Cli, tmp_path: Path) -> None:
+@FORMS
+def test_a_stepwise_model_goes_from_data_to_a_bundle(
+    form: str, version: int, finished: Run, cli: Cli, tmp_path: Path
+) -> None:
     """Through every stage, with every supervision: evaluated, tried out, published with its steps."""
     copy = finished.copy(tmp_path / "run")
-    settings = ["sft.steps=[1,1,1]", "sft.step_clusters=4", "sft.global_interest=0.1", "sft.max_epochs=1"]
+    settings = ["sft.steps=[1,1,1]", f"sft.step_form={form}", "sft.step_clusters=4", "sft.global_interest=0.1"]
+    settings.append("sft.max_epochs=1")
     summary = cli("pipeline", *copy.args(*settings), "--json").json
     assert summary["num_users"] > 0
     bundle = Bundle.load_current(copy.out / "bundles")
-    assert bundle.manifest.prompt.steps == (1, 1, 1)
+    assert (bundle.manifest.prompt.version, bundle.manifest.prompt.steps) == (version, (1, 1, 1))
     assert [len(forced) for forced in bundle.renderer.forced] == [1, 1, 1]

@@ -1,5 +1,7 @@
 """Variants of a bundle: the same shape, with other weights or another catalogue."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from semantic_ids.bundle import TOKENIZER, Bundle, BundleParts, publish
 from semantic_ids.catalog import Catalog
 from semantic_ids.neighbours import Neighbours
-from tests.service.world import SPACE
+from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, PromptSpec
+from tests.service.world import MAX_HISTORY, SPACE, make_step_reader
 
 
 def with_other_weights(bundle: Bundle, root: Path) -> Bundle:
@@ -40,8 +43,30 @@ def with_other_catalog(bundle: Bundle, root: Path, num_items: int) -> Bundle:
     return _published(bundle, root, bundle.model_folder, catalog, nobody)
 
 
+def with_steps(bundle: Bundle, root: Path, steps: tuple[int, ...]) -> Bundle:
+    """The same model, whose prompts force steps that are read."""
+    hidden_size = json.loads((bundle.model_folder / "config.json").read_text())["hidden_size"]
+    parts = replace(
+        _parts(bundle, bundle.model_folder, bundle.catalog, bundle.neighbours),
+        prompt=PromptSpec(version=STEPWISE_VERSION, max_history=MAX_HISTORY, steps=steps),
+        step_reader=make_step_reader(bundle.quantizer, hidden_size),
+    )
+    return publish(root / "bundles", parts, lambda _bundle: None)
+
+
+def with_continuous_steps(bundle: Bundle, root: Path) -> Bundle:
+    """The same model, whose steps are to read the output before them."""
+    parts = _parts(bundle, bundle.model_folder, bundle.catalog, bundle.neighbours)
+    prompt = PromptSpec(version=CONTINUOUS_VERSION, max_history=MAX_HISTORY, steps=(1, 1, 1))
+    return publish(root / "bundles", replace(parts, prompt=prompt), lambda _bundle: None)
+
+
 def _published(bundle: Bundle, root: Path, model: Path, catalog: Catalog, neighbours: Neighbours) -> Bundle:
-    parts = BundleParts(
+    return publish(root / "bundles", _parts(bundle, model, catalog, neighbours), lambda _bundle: None)
+
+
+def _parts(bundle: Bundle, model: Path, catalog: Catalog, neighbours: Neighbours) -> BundleParts:
+    return BundleParts(
         catalog=catalog,
         quantizer=bundle.quantizer,
         neighbours=neighbours,
@@ -52,4 +77,3 @@ def _published(bundle: Bundle, root: Path, model: Path, catalog: Catalog, neighb
         config_hash=bundle.manifest.config_hash,
         metrics=bundle.manifest.metrics,
     )
-    return publish(root / "bundles", parts, lambda _bundle: None)

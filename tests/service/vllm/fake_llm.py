@@ -240,7 +240,8 @@ class FakeLLM:
         everything = np.arange(len(snapshot.catalog))
         ranks = everything[item_filter.contains(everything)][: request.width]
         self.answered.append((catalog_id, prompt))
-        return {"ranks": pack_ranks(ranks), "scores": (-ranks).astype(SCORE_DTYPE).tobytes(), "propensity": None}
+        scores = (-ranks).astype(SCORE_DTYPE).tobytes()
+        return {"ranks": pack_ranks(ranks), "scores": scores, "propensity": None, "trace": None}
 
     # ── the script ──
 

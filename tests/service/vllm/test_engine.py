@@ -41,7 +41,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.running import Service, running
 from tests.service.thinking import CLOSE, VOCABULARY, publish_thinking
-from tests.service.vllm.bundles import with_other_catalog, with_other_weights
+from tests.service.vllm.bundles import with_other_catalog, with_other_weights, with_steps
 from tests.service.vllm.conftest import VLLM_SIZES
 from tests.service.world import ITEM_IDS, MAX_HISTORY, NUM_ITEMS, SPACE
 
@@ -358,6 +358,35 @@ async def test_a_swap_changes_weights_and_catalogue_together_and_drops_nobody(
         ours, theirs = await decode_all(vllm_engine, requests), await decode_all(local, requests)
         for one, expected in zip(ours, theirs, strict=True):
             assert_same(one, expected)
+    finally:
+        await vllm_engine.swap(vllm_bundle)
+        await local.stop()
+
+
+async def test_steps_are_read_as_by_the_local_engine(vllm_engine: VllmEngine, vllm_bundle: Bundle, tmp_path: Path):
+    other = with_steps(vllm_bundle, tmp_path, (1, 0, 2))
+    local = LocalEngine(other, LocalEngineConfig(), Metrics())
+    await local.start()
+    await vllm_engine.swap(other)
+    try:
+        rng = np.random.default_rng(4)
+        program = sid_program(SPACE, other.renderer.forced)
+        requests = [
+            replace(random_request(other, rng), program=program, wants_trace=bool(place % 3)) for place in range(40)
+        ]
+        ours, theirs = await decode_all(vllm_engine, requests), await decode_all(local, requests)
+        num_steps = 0
+        for asked, one, expected in zip(requests, ours, theirs, strict=True):
+            assert_same(one, expected)
+            assert (one.trace is not None) == asked.wants_trace
+            if one.trace is None or expected.trace is None or one.trace.rank != expected.trace.rank:
+                continue
+            assert [step.level for step in one.trace.steps] == [step.level for step in expected.trace.steps]
+            for step, same in zip(one.trace.steps, expected.trace.steps, strict=True):
+                num_steps += 1
+                assert step.cosine == pytest.approx(same.cosine, abs=TOLERANCE)
+                assert step.share == pytest.approx(same.share, abs=TOLERANCE)
+        assert num_steps > 30
     finally:
         await vllm_engine.swap(vllm_bundle)
         await local.stop()

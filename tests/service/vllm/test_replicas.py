@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from service.engine.vllm_engine import AFFINITY_TOKENS, VllmEngine, VllmEngineCo
 from service.engine.wire import ErrorKind
 from service.metrics import Metrics
 from tests.service.thinking import CLOSE
-from tests.service.vllm.bundles import with_other_catalog
+from tests.service.vllm.bundles import with_continuous_steps, with_other_catalog
 from tests.service.vllm.fake_llm import BABBLE, MAX_MODEL_LEN, FakeLLM, FakeProcesses, Hold
 from tests.service.world import NUM_ITEMS, SPACE
 
@@ -338,6 +339,16 @@ async def test_during_a_swap_each_bundle_is_answered_by_the_replica_that_has_it(
             assert processes.answered(new.prompt.tolist()) == [(0, other_bundle.catalog_id)]
         hold.release()
         await swap
+
+
+async def test_a_bundle_with_continuous_steps_is_not_swapped_in_and_the_old_one_goes_on(
+    vllm_bundle: Bundle, processes: FakeProcesses, tmp_path: Path
+):
+    continuous = with_continuous_steps(vllm_bundle, tmp_path)
+    async with standing(vllm_bundle, processes) as stand:
+        with pytest.raises(EngineError, match=f"{continuous.bundle_id} has prompt version 5: its thinking steps are"):
+            await stand.engine.swap(continuous)
+        await stand.engine.decode(request(vllm_bundle))
 
 
 async def test_after_a_swap_requests_of_the_old_bundle_are_refused_by_name(
