@@ -78,7 +78,12 @@ async def running_server(module: str, folder: Path) -> AsyncIterator[tuple[int, 
 
 
 def run_against(
-    module: str, measure: Callable[[int, int], Awaitable[Results]], *, num_items: int, num_users: int
+    module: str,
+    measure: Callable[[int, int], Awaitable[Results]],
+    *,
+    num_items: int,
+    num_users: int,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = precise_event_loop,
 ) -> Results:
     """What `measure` finds, given port and process id of a server on a small bundle with stored histories."""
 
@@ -94,7 +99,7 @@ def run_against(
     configure("warning", "console")  # stdout is for the table
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with asyncio.Runner(loop_factory=precise_event_loop) as runner:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(run())
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
