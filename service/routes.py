@@ -1,7 +1,7 @@
 """The HTTP endpoints: validate, admit, hand over, answer. No logic of their own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -70,12 +70,6 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def admitted(request: Request) -> AsyncIterator[None]:
-    """A slot for as long as the request lasts."""
-    with state_of(request).admission.slot():
-        yield
-
-
 api = APIRouter(route_class=StrictRoute, responses=PROBLEMS)  # type: ignore[arg-type]
 operations = APIRouter(tags=["operations"])
 
@@ -99,7 +93,6 @@ DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
 @api.post(
     "/recommend",
     tags=["recommendations"],
-    dependencies=[Depends(admitted)],
     response_model=RecommendResponse,
     responses=_STREAMED,
 )
@@ -107,12 +100,11 @@ async def recommend(
     body: RecommendRequest, request: Request, deadline: DeadlineHeader = None
 ) -> RecommendResponse | EventStream:
     """The items a user will most likely choose next."""
-    state, caller = state_of(request), caller_of(request)
-    question = _Question(Recommender.recommend, _with_deadline(body, deadline), caller.tenant)
-    return await _answer(request, state, question)
+    question = _Question(Recommender.recommend, _with_deadline(body, deadline), caller_of(request).tenant)
+    return await _answer(request, question)
 
 
-@api.get("/recommend", tags=["recommendations"], dependencies=[Depends(admitted)])
+@api.get("/recommend", tags=["recommendations"])
 async def recommend_by_query(
     request: Request,
     user_id: Annotated[UserId | None, Query()] = None,
@@ -120,16 +112,13 @@ async def recommend_by_query(
     deadline: DeadlineHeader = None,
 ) -> RecommendResponse:
     """The same with defaults."""
-    state, caller = state_of(request), caller_of(request)
     body = _with_deadline(RecommendRequest(user_id=user_id, num_items=num_items), deadline)
-    question = _Question(Recommender.recommend, body, caller.tenant)
-    return await _timed(request, _ask(state, question, None))
+    return await _answered(request, _Question(Recommender.recommend, body, caller_of(request).tenant), None)
 
 
 @api.post(
     "/rerank",
     tags=["recommendations"],
-    dependencies=[Depends(admitted)],
     response_model=RerankResponse,
     responses=_STREAMED,
 )
@@ -137,15 +126,19 @@ async def rerank(
     body: RerankRequest, request: Request, deadline: DeadlineHeader = None
 ) -> RerankResponse | EventStream:
     """Candidates in the order in which the user will most likely choose them."""
-    state, caller = state_of(request), caller_of(request)
-    question = _Question(Recommender.rerank, _with_deadline(body, deadline), caller.tenant)
-    return await _answer(request, state, question)
+    question = _Question(Recommender.rerank, _with_deadline(body, deadline), caller_of(request).tenant)
+    return await _answer(request, question)
 
 
-@api.post("/events", tags=["events"], dependencies=[Depends(admitted)])
+@api.post("/events", tags=["events"])
 async def record_events(body: EventsRequest, request: Request) -> EventsResponse:
     """Store what users did. Idempotent by `event_id`; what is accepted is on disk and visible to the next request."""
     state, caller = state_of(request), caller_of(request)
+    with state.admission.slot():
+        return await _recorded(state, caller.tenant, body)
+
+
+async def _recorded(state: State, tenant: str, body: EventsRequest) -> EventsResponse:
     unknown_ids = state.deployments.unknown_items({event.item_id for event in body.events})
     rejected = [
         RejectedEvent(index=index, reason="unknown_item")
@@ -158,14 +151,14 @@ async def record_events(body: EventsRequest, request: Request) -> EventsResponse
         for index, event in enumerate(body.events)
         if index not in skipped
     ]
-    stored = await _or_unavailable(state, state.histories.of(caller.tenant).record(events))
+    stored = await _or_unavailable(state, state.histories.of(tenant).record(events))
     for event, is_new in zip(events, stored, strict=True):
         if is_new:
-            unit = unit_of(caller.tenant, event.user_id)
+            unit = unit_of(tenant, event.user_id)
             state.experiments.outcome(event.recommendation_id, unit, event.event_type)
             state.served.happened(
                 event.recommendation_id,
-                caller.tenant,
+                tenant,
                 event.user_id,
                 event.item_id,
                 event.event_type,
@@ -174,11 +167,11 @@ async def record_events(body: EventsRequest, request: Request) -> EventsResponse
     recommender = state.deployments.current.recommender
     for event in events:
         if event.event_type != EventType.IMPRESSION:
-            recommender.withdraw(caller.tenant, event.user_id, (event.item_id,))
+            recommender.withdraw(tenant, event.user_id, (event.item_id,))
     new = (event for event, is_new in zip(events, stored, strict=True) if is_new)
     for user_id in {event.user_id for event in new if event.event_type in IN_HISTORY}:
-        thinking = state.deployments.named(state.experiments.thinking_bundle(user_id, caller.tenant))
-        thinking.recommender.history_moved(caller.tenant, user_id)
+        thinking = state.deployments.named(state.experiments.thinking_bundle(user_id, tenant))
+        thinking.recommender.history_moved(tenant, user_id)
     accepted = sum(stored)
     for outcome, count in (("accepted", accepted), ("duplicate", len(stored) - accepted), ("rejected", len(rejected))):
         state.metrics.events.labels(outcome).inc(count)
@@ -323,27 +316,24 @@ class _Question(Generic[R, A]):
     tenant: str
 
 
-async def _answer(request: Request, state: State, question: _Question[R, A]) -> A | EventStream:
+async def _answer(request: Request, question: _Question[R, A]) -> A | EventStream:
     """The answer, or the stream of its events where the client prefers that."""
     if prefers_events(request.headers.getlist("accept")):
-        return EventStream(request, lambda on_thought: _timed(request, _ask(state, question, on_thought)))
-    return await _timed(request, _ask(state, question, None))
+        return EventStream(request, lambda on_thought: _answered(request, question, on_thought))
+    return await _answered(request, question, None)
 
 
-async def _ask(state: State, question: _Question[R, A], on_thought: TextListener | None) -> A:
-    """The answer of the bundle that the user's variant names, else of the one that is current now.
+async def _answered(request: Request, question: _Question[R, A], on_thought: TextListener | None) -> A:
+    """The answer of the bundle that the user's variant names, else of the current one; in a slot while it is made.
 
-    Nothing waits between the assignment and the lease, so an experiment that is in force has its bundles.
+    Nothing waits between the assignment and the lease, so an experiment that is in force has its bundles. Its stage
+    times are noted for the response's headers.
     """
-    request, tenant = question.request, question.tenant
-    treatment = state.experiments.treatment(request, tenant)
-    async with state.deployments.named(treatment.overrides.bundle).leased() as epoch:
-        return await question.method(epoch.recommender, request, tenant, on_thought, treatment)
-
-
-async def _timed(request: Request, work: Awaitable[A]) -> A:
-    """The answer, its stage times noted for the response's headers."""
-    answer = await work
+    state, asked, tenant = state_of(request), question.request, question.tenant
+    with state.admission.slot():
+        treatment = state.experiments.treatment(asked, tenant)
+        async with state.deployments.named(treatment.overrides.bundle).leased() as epoch:
+            answer = await question.method(epoch.recommender, asked, tenant, on_thought, treatment)
     request.scope["sidrec_timings_ms"] |= answer.timings_ms
     return answer
 
