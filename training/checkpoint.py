@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training.stage import StageError
+from training.sharding import as_held, whole
+from training.stage import StageError, is_main_process
 
 FORMAT = "sidrec-checkpoint-1"
 
@@ -39,20 +40,23 @@ def save_checkpoint(
 ) -> None:
     """Replace the checkpoint at `path`: a crash leaves the old one or the new one.
 
-    `extra` takes numbers, strings, tensors, and lists and dicts of them: what loads again without running code.
+    All processes of a launch are to call it where the model is in shards; the first one writes. `extra` takes numbers,
+    strings, tensors, and lists and dicts of them: what loads again without running code.
     torch's own random state is always kept; `generators` names the numpy generators of the loop.
     """
     content = {
         "format": FORMAT,
         "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": whole(model.state_dict()),
+        "optimizer": whole(optimizer.state_dict()),
         "scheduler": scheduler.state_dict() if scheduler else None,
-        "extra": dict(extra or {}),
+        "extra": whole(dict(extra or {})),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy_rng": {name: generator.bit_generator.state for name, generator in (generators or {}).items()},
     }
+    if not is_main_process():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -77,8 +81,8 @@ def load_checkpoint(
         return None
     content = _read(path)
     try:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        model.load_state_dict(_as_held(content["model"], model.state_dict()))
+        optimizer.load_state_dict(_optimizer_as_held(content["optimizer"], optimizer))
         if scheduler:
             scheduler.load_state_dict(content["scheduler"])
         for name, generator in (generators or {}).items():
@@ -88,9 +92,30 @@ def load_checkpoint(
             f"{path} was written by another training set-up ({_first_line(error)}); delete it to start afresh"
         ) from error
     torch.set_rng_state(content["torch_rng"])
-    if content["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(content["cuda_rng"])
+    for device, state in zip(range(torch.cuda.device_count()), content["cuda_rng"], strict=False):
+        torch.cuda.set_rng_state(state, device)
     return Checkpoint(content["step"], content["extra"])
+
+
+def _as_held(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is another model's stays as it is, for `load_state_dict` to name."""
+    return {
+        name: as_held(value, own[name]) if name in own and value.shape == own[name].shape else value
+        for name, value in state.items()
+    }
+
+
+def _optimizer_as_held(content: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What belongs to a parameter, and has its shape, goes where the parameter is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {
+            name: as_held(value, parameters[number]) if value.shape == parameters[number].shape else value
+            for name, value in of_parameter.items()
+        }
+        for number, of_parameter in content["state"].items()
+    }
+    return content | {"state": state}
 
 
 def _read(path: Path) -> dict[str, Any]:

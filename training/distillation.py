@@ -179,7 +179,8 @@ def teacher_log_likelihood(
     is_beneath = np.full(nodes.shape, True) if level == 0 else paths[teacher.items, level - 1] == prefix[:, None]
     weights = np.where(is_beneath, teacher.weights, 0).astype(np.float32)
     columns = np.where(weights > 0, nodes - scores.first_child[:, None], 0)
-    mass = torch.zeros_like(scores.log_probs).scatter_add(1, torch.from_numpy(columns), torch.from_numpy(weights))
+    mass = torch.zeros_like(scores.log_probs)
+    mass = mass.scatter_add(1, *(torch.from_numpy(part).to(mass.device) for part in (columns, weights)))
     total = mass.sum(dim=1)
     expected = (mass / total.clamp(min=1e-12)[:, None] * scores.log_probs.masked_fill(mass == 0, 0)).sum(dim=1)
     return torch.where(total > 0, expected, scores.of(targets))

@@ -41,6 +41,18 @@ class Batch:
     anchors: Tensor  # (items,) the last token of what comes before each target
     tree: Tree | None = None  # where targets are branches
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        tree = None if self.tree is None else self.tree.to(device)
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            rows=self.rows.to(device),
+            anchors=self.anchors.to(device),
+            tree=tree,
+        )
+
     def where(self, is_target: npt.NDArray[np.bool_]) -> "Batch":
         """The same rows, of whose target items (items,) only these are targets."""
         kept = torch.from_numpy(is_target)
@@ -104,6 +116,10 @@ class Lesson:
     weight: float
     """What the mean over this part counts in the mean of all processes' means: 1 in a run of one process."""
     num_targets: int  # of the whole batch
+
+    def to(self, device: torch.device) -> "Lesson":
+        """The same on a device."""
+        return replace(self, batch=self.batch.to(device))
 
 
 def sequence_lessons(

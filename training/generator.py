@@ -30,6 +30,7 @@ from training.base_model import extend_pretrained
 from training.item_memory import ItemMemory, KnownItems, plain_state
 from training.rms_norm import replace_norms
 from training.sft_config import SftConfig
+from training.sharding import whole
 from training.stage import StageError, is_main_process
 
 if TYPE_CHECKING:  # transformers takes seconds to load, and a finished pipeline needs none of it
@@ -107,10 +108,17 @@ def compact_vocabulary(catalog: Catalog) -> SidVocabulary:
 
 
 def save_model(model: "PreTrainedModel", path: Path) -> None:
-    """Replace the weights in `path`; the tokenizer's files stay."""
+    """Replace the weights in `path`; the tokenizer's files stay. All processes are to call it; the first one writes."""
+    weights = whole(plain_state(model))
+    if not is_main_process():
+        return
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in weights:  # a table of two names that was in shards is two by now
+            weights[name] = weights[first_name.setdefault(id(parameter), name)]
     staging = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, state_dict=plain_state(model))
+    model.save_pretrained(staging, state_dict=weights)
     for file in path.iterdir() if path.exists() else ():
         if not (staging / file.name).exists():
             shutil.copy(file, staging / file.name)

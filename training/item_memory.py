@@ -69,7 +69,7 @@ class ItemMemory(nn.Module):
         self.own = nn.Parameter(torch.randn(len(used), width) * _ROW_STD + _placed(start, width))
         self.projection = nn.Linear(text.shape[1], width, bias=False)
         nn.init.normal_(self.projection.weight, std=_ROW_STD / text.shape[1] ** 0.5)
-        self.input_scale = nn.Parameter(torch.tensor(_INPUT_SCALE))
+        self.input_scale = nn.Parameter(torch.tensor([_INPUT_SCALE]))  # (1,): a bare number cannot be in shards
 
     def rows(self) -> Tensor:
         """Output rows of the tokens in use, (U, D); an input row is `input_scale` times as long."""
@@ -114,11 +114,11 @@ def rows_of(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
 def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
     """The weights of a plain checkpoint, without any memory and with both tables."""
     memory = memory_of(model)
-    state: dict[str, Tensor] = model.state_dict()
+    with torch.no_grad():
+        tables = () if memory is None else memory.tables()
+    state: dict[str, Tensor] = model.state_dict()  # which parts a model in shards, so that nobody computes after it
     if memory is None:
         return state
-    with torch.no_grad():
-        tables = memory.tables()
     names = {module: name for name, module in model.named_modules()}
     plain = {name: tensor for name, tensor in state.items() if ".memory." not in name}
     for module, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):

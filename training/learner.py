@@ -1,7 +1,8 @@
 """A generator and all that changes it: the loss of a batch, what supervises it, optimiser, schedule, average."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from training.likelihood import bake, embed, hidden_states, scores_of_targets
 from training.moving_average import MovingAverage
 from training.processes import Processes
 from training.sft_config import SftConfig
+from training.sharding import gathered
 from training.stepwise import GlobalInterest, StepClusters
 
 if TYPE_CHECKING:
@@ -55,14 +57,13 @@ class Learner:
         self._processes = processes
         self._supervision = _Supervision.of(config, model, examples, teaching)
         self._trained = model if self._supervision is None else nn.ModuleList([model, self._supervision])
+        self._trained.to(model.device)
+        self._objective = processes.prepare(_Objective(config, model, examples, self._supervision), _parts_of(model))
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._trained, config), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: _warmup_cosine(step, total_steps, config.warmup_share)
-        )
-        self._objective, self._stepping = processes.prepare(
-            _Objective(config, model, examples, self._supervision), self._optimizer
         )
         parameters = self._trained.parameters()
         self._average = MovingAverage(parameters, config.moving_average) if config.moving_average else None
@@ -72,22 +73,27 @@ class Learner:
 
         A loss that is no number changes nothing.
         """
-        self._stepping.zero_grad()
+        self._optimizer.zero_grad()
         loss, total = self._objective(lesson, further)
         whole_loss = float(self._processes.sum(lesson.weight / self._processes.count * loss.detach()))
         if not math.isfinite(whole_loss):
             return whole_loss
         torch.autograd.backward(total)
         nn.utils.clip_grad_norm_(self._trained.parameters(), self._config.max_grad_norm)
-        self._stepping.step()
+        self._optimizer.step()
         self._schedule.step()
         if self._average is not None:
             self._average.update()
         return whole_loss
 
-    def kept_weights(self) -> AbstractContextManager[None]:
-        """The model has the weights that are validated and kept: the average, where there is one."""
-        return self._average.in_place() if self._average is not None else nullcontext()
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """The model has the weights that are validated and kept: the average, where there is one.
+
+        All processes enter, and run and save it together.
+        """
+        with self._average.in_place() if self._average is not None else nullcontext(), gathered(self._objective):
+            yield
 
     @property
     def step_reader(self) -> StepReader | None:
@@ -97,7 +103,7 @@ class Learner:
         return clusters.reader() if clusters is not None and is_readable else None
 
     def save(self, path: Path, epoch: int, progress: dict[str, Any]) -> None:
-        """A checkpoint after an epoch."""
+        """A checkpoint after an epoch, which the first process writes; all are to call it."""
         average = {"moving_average": self._average.state()} if self._average is not None else {}
         save_checkpoint(
             path,
@@ -129,7 +135,9 @@ class _Objective(nn.Module):
     def forward(self, lesson: Lesson, further: Lesson | None) -> tuple[Tensor, Tensor]:
         """The mean loss of the lesson's targets, and what is to be minimised: this part of all that is learnt."""
         bake(self.model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.dtype == "bfloat16"):
+        device = self.model.device
+        lesson, further = lesson.to(device), further and further.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._config.dtype == "bfloat16"):
             hidden = hidden_states(self.model, lesson.batch)
             log_likelihood, expected = self._scores(hidden, lesson)
             loss = -log_likelihood.mean()
@@ -176,7 +184,7 @@ class _Supervision(nn.Module):
     def forward(self, model: "PreTrainedModel", examples: "Examples", hidden: Tensor, batch: "Batch") -> Tensor:
         """What is to be added to the loss of a batch whose outputs are `hidden` (B, T, D)."""
         before_codes = hidden[batch.rows[:, None], batch.positions]  # (items, L, D)
-        codes = torch.from_numpy(examples.catalog.codes[batch.ranks].astype(np.int64))
+        codes = torch.from_numpy(examples.catalog.codes[batch.ranks].astype(np.int64)).to(hidden.device)
         losses = [] if self.clusters is None else [self.clusters(before_codes, codes)]
         if self.interest is not None:
             backbone = batch.token_ids[:, : batch.tree.num_backbone] if batch.tree is not None else batch.token_ids
@@ -187,11 +195,17 @@ class _Supervision(nn.Module):
                     batch.rows,
                     batch.anchors,
                     before_codes[:, 0],
-                    embed(model, tokens).mean(dim=1),
-                    torch.from_numpy(batch.ranks),
+                    embed(model, tokens.to(hidden.device)).mean(dim=1),
+                    torch.from_numpy(batch.ranks).to(hidden.device),
                 )
             )
         return torch.stack(losses).sum()
+
+
+def _parts_of(model: "PreTrainedModel") -> list[nn.Module]:
+    """The model's layers: what can be in shards each by itself."""
+    kinds = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def _parameter_groups(model: nn.Module, config: SftConfig) -> list[dict[str, object]]:

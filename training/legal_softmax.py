@@ -24,7 +24,8 @@ class ChildLogProbs:
 
     def of(self, nodes: Nodes) -> Tensor:
         """The log-probability of one child of each prefix, (P,) → (P,)."""
-        return self.log_probs.gather(1, torch.from_numpy(nodes - self.first_child)[:, None])[:, 0]
+        column = torch.from_numpy(nodes - self.first_child).to(self.log_probs.device)
+        return self.log_probs.gather(1, column[:, None])[:, 0]
 
 
 def child_log_probs(
@@ -37,9 +38,10 @@ def child_log_probs(
     together, so that each one's rows are read once.
     """
     distinct, group = np.unique(prefix, return_inverse=True)
-    codes, is_legal, first_child = _padded_children(trie, distinct)
+    codes, is_legal, first_child = _padded_children(trie, distinct, hidden.device)
     num_prefixes, most_children = codes.shape
     place, most_rows = _places(group, num_prefixes)
+    place, group_of_row = place.to(hidden.device), torch.from_numpy(group).to(hidden.device)
     padded = hidden.new_zeros(num_prefixes * most_rows, hidden.shape[1]).index_copy_(0, place, hidden)
     codes = codes if row_of_code is None else row_of_code[codes]
     rows = weight.index_select(0, codes.ravel()).view(num_prefixes, most_children, -1)
@@ -49,11 +51,11 @@ def child_log_probs(
     if bias is not None:
         logits = logits + bias[codes][:, None]
     chosen = logits.flatten(0, 1).index_select(0, place).float()  # (P, M)
-    log_probs = chosen.masked_fill(~is_legal[torch.from_numpy(group)], float("-inf")).log_softmax(dim=-1)
+    log_probs = chosen.masked_fill(~is_legal[group_of_row], float("-inf")).log_softmax(dim=-1)
     return ChildLogProbs(log_probs, first_child[group])
 
 
-def _padded_children(trie: SidTrie, nodes: Nodes) -> tuple[Tensor, Tensor, Nodes]:
+def _padded_children(trie: SidTrie, nodes: Nodes, device: torch.device) -> tuple[Tensor, Tensor, Nodes]:
     """Codes of the children of U nodes (U, M), which of them are real, and each node's first child (U,)."""
     children = trie.children(nodes)
     counts = np.bincount(children.parent, minlength=len(nodes))
@@ -63,7 +65,7 @@ def _padded_children(trie: SidTrie, nodes: Nodes) -> tuple[Tensor, Tensor, Nodes
     column = np.arange(len(children.parent)) - start[children.parent]
     codes, is_legal = np.zeros((len(nodes), counts.max()), np.int64), np.zeros((len(nodes), counts.max()), np.bool_)
     codes[children.parent, column], is_legal[children.parent, column] = children.code, True
-    return torch.from_numpy(codes), torch.from_numpy(is_legal), children.node[start]
+    return torch.from_numpy(codes).to(device), torch.from_numpy(is_legal).to(device), children.node[start]
 
 
 def _places(group: npt.NDArray[np.intp], num_groups: int) -> tuple[Tensor, int]:

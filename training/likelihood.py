@@ -68,21 +68,22 @@ def scores_of_targets(
     path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
     all_paths = catalog.trie.path_of_rank(np.arange(len(catalog))) if teacher is not None else path  # (N, L)
     head = model.get_output_embeddings()
-    total, expected = torch.zeros(len(path)), torch.zeros(len(path))
+    total, expected = torch.zeros(2, len(path), device=hidden.device)
     for level in range(vocabulary.space.num_levels):
         prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
         open_items = np.flatnonzero(~catalog.trie.has_one_child(prefix))  # what is forced adds exactly 0
         if not len(open_items):
             continue
         block = vocabulary.block(level)
-        places, prefix, node = torch.from_numpy(open_items), prefix[open_items], path[open_items, level]
+        places = torch.from_numpy(open_items).to(hidden.device)
+        prefix, node = prefix[open_items], path[open_items, level]
         scores = child_log_probs(
             hidden[batch.rows[places], batch.positions[places, level]],
             head.weight,
             getattr(head, "bias", None),
             catalog.trie,
             prefix,
-            rows_of(model, torch.arange(block.start, block.stop)),
+            rows_of(model, torch.arange(block.start, block.stop, device=hidden.device)),
         )
         total = total.index_add(0, places, scores.of(node))
         if teacher is not None:
@@ -104,13 +105,14 @@ def mean_target_log_likelihood(
         np.argsort(windows.lengths, kind="stable"), max(1, -(-len(windows) // config.batch_size))
     ):
         mine = users[processes.share(len(users))]
-        if len(mine):
-            batch = examples.batch_of_last(windows.select(mine))
-            total += float(item_log_likelihood(model, examples.catalog, examples.vocabulary, batch).sum())
+        # Of a model in shards no process may leave a batch out: it gives its part to the others.
+        batch = examples.batch_of_last(windows.select(mine if len(mine) else users[:1])).to(model.device)
+        scores = item_log_likelihood(model, examples.catalog, examples.vocabulary, batch)
+        total += float(scores.sum()) if len(mine) else 0.0
     return float(processes.sum(total)) / len(windows)
 
 
 def embed(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
     """The input rows of tokens, (…) → (…, D), with what a model's training does to them."""
-    embedded: Tensor = model.get_input_embeddings()(rows_of(model, token_ids.to(model.device)))
+    embedded: Tensor = model.get_input_embeddings()(rows_of(model, token_ids))
     return embedded

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.sharding import as_held
+
 _YOUNG = 10  # steps: the decay is (1 + n) / (10 + n) until that is more than asked for, so that the start fades
 
 
@@ -45,7 +47,8 @@ class MovingAverage:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self._num_updates, self._average = state["num_updates"], state["average"]
+        self._num_updates = state["num_updates"]
+        self._average = [as_held(value, own) for value, own in zip(state["average"], self._average, strict=True)]
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:

@@ -1,25 +1,27 @@
 """One training run on several processes, as `accelerate launch` starts them; all no-ops in a run of one.
 
-The launcher, the process group and the gradients' averaging are accelerate's. This module adds the few collective
-operations that stages need, so that no stage asks how many processes there are.
+The launcher and the process group are accelerate's, the gradients' averaging and the shards of FSDP torch's. This
+module adds the few collective operations that stages need, so that no stage asks how many processes there are.
 """
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.stage import is_main_process
+from training.sharding import shard
+from training.stage import StageError, is_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
 
 _LAUNCHERS_VARIABLES = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}  # of torchrun, and of accelerate's own launcher
 
@@ -30,8 +32,10 @@ LONGEST_WAIT = timedelta(days=7)
 class Processes:
     """This process among those of its launch."""
 
-    def __init__(self, accelerator: "Accelerator | None") -> None:
+    def __init__(self, accelerator: "Accelerator | None", fsdp: "FullyShardedDataParallelPlugin | None" = None) -> None:
+        """`fsdp`: what the launch wants of it; absent: no shards."""
         self._accelerator = accelerator
+        self._fsdp = fsdp
         self.count = accelerator.num_processes if accelerator else 1
         self.index = accelerator.process_index if accelerator else 0
 
@@ -55,15 +59,38 @@ class Processes:
         """Where this process computes."""
         return self._accelerator.device if self._accelerator else torch.device("cpu")
 
+    def device_for(self, setting: str) -> torch.device:
+        """The device of a stage that may be told: `auto` is the launch's, without a launch the machine's accelerator.
+
+        A device that is not there, or not the launch's, raises StageError.
+        """
+        if self._accelerator is not None:
+            if setting not in ("auto", self.device.type):
+                raise StageError(f"device={setting}, and this launch computes on {self.device.type}: leave device out")
+            return self.device
+        if setting == "auto":
+            return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        try:
+            return torch.empty(0, device=setting).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise StageError(f"device={setting} is not here ({error}): name another, or auto") from error
+
     def share(self, count: int) -> slice:
         """This process's part of `count` things; parts differ by one at most."""
         return slice(*self._edges(count)[self.index : self.index + 2])
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Model and optimiser whose gradients are the *mean* over all processes."""
-        if self._accelerator is None:
-            return model, optimizer
-        return cast("tuple[nn.Module, torch.optim.Optimizer]", self._accelerator.prepare(model, optimizer))
+    def prepare(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> nn.Module:
+        """The model with gradients that are the *mean* over all processes. Make the optimiser afterwards.
+
+        A model of parts is in shards where the launch wants FSDP (`training.sharding`).
+        """
+        parts = list(parts)
+        if self.count == 1:
+            return model
+        if parts and self._fsdp is not None:
+            shard(model, parts, self.device, reshard_after_forward=bool(self._fsdp.reshard_after_forward))
+            return model
+        return nn.parallel.DistributedDataParallel(model)
 
     def gather(self, share: Tensor, count: int) -> Tensor:
         """Every process's share of `count` rows, one after the other; no gradient."""
@@ -81,7 +108,10 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over the processes."""
-        return values if self._accelerator is None else self._accelerator.reduce(values, "sum")
+        if self._accelerator is None:
+            return values
+        summed: Tensor = self._accelerator.reduce(values.to(self.device), "sum")
+        return summed.to(values.device)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -115,4 +145,20 @@ def _launched() -> Processes:
     from accelerate.utils import InitProcessGroupKwargs
 
     without_gpu = not torch.accelerator.is_available()
-    return Processes(Accelerator(cpu=without_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]))
+    accelerator = Accelerator(cpu=without_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    return Processes(accelerator, _launched_fsdp())
+
+
+def _launched_fsdp() -> "FullyShardedDataParallelPlugin | None":
+    """What `accelerate launch` was told of FSDP. accelerate itself would have it on GPUs only."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    fsdp = FullyShardedDataParallelPlugin()
+    if fsdp.fsdp_version != 2:
+        raise StageError(f"this launch asks for FSDP version {fsdp.fsdp_version}: give fsdp_version: 2")
+    for name in ("offload_params", "activation_checkpointing"):
+        if os.environ.get(f"FSDP_{name.upper()}", "false").lower() == "true":
+            raise StageError(f"this launch asks for fsdp_{name}, which is not supported here: leave it out")
+    return fsdp

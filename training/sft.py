@@ -55,6 +55,7 @@ def run(
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model, vocabulary, renderer = build_model(config, catalog, folder.path, teaching.known)
+    model.to(processes.device_for(config.device))
     examples = Examples(catalog, vocabulary, renderer)
     batches_per_epoch = len(list(epoch_batches(train, config, epoch=0)))
     learner = Learner(config, model, examples, teaching, batches_per_epoch * config.max_epochs, processes)
@@ -86,12 +87,11 @@ def run(
                 progress["seconds"] += time.monotonic() - start
                 if is_better := config.keep == "last" or validated > progress["best"]:
                     progress |= {"best": validated, "best_epoch": epoch}
-                if is_better and processes.is_main:
-                    save_model(model, folder.path / MODEL)
-                    if (reader := learner.step_reader) is not None:
+                if is_better:
+                    if (reader := learner.step_reader) is not None and processes.is_main:
                         reader.save(folder.path / STEPS)
-            if processes.is_main:
-                learner.save(folder.path / CHECKPOINT, epoch, progress)
+                    save_model(model, folder.path / MODEL)
+            learner.save(folder.path / CHECKPOINT, epoch, progress)
             bar.note(f"epoch {epoch}: {-progress['train']:.3f} train, {-validated:.3f} validation nats/item")
     summary = SftSummary(
         num_parameters=num_parameters,

@@ -1,6 +1,6 @@
 """The settings of stage `sft`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
@@ -69,8 +69,13 @@ class SftConfig(StageConfig):
     warmup_share: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass (autocast)")
+    device: str = Field("auto", description="auto: the launch's, else an accelerator if there is one; or cpu, cuda, …")
     threads: PositiveInt = Field(1, description=THREADS)
     seed: int = Field(0, ge=0)
+
+    def identity(self) -> dict[str, Any]:
+        """Not where it is computed either: a run may go on on another device."""
+        return {name: value for name, value in super().identity().items() if name != "device"}
 
     @property
     def learns_from_more(self) -> bool:

@@ -15,7 +15,7 @@ first step what the user wants in general (`GlobalInterest`). Both are training'
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,11 @@ class Tree:
     num_backbone: int  # the first tokens of each row, before its branches
     ends: tuple[int, ...]  # of the passes in which tokens are run; of the last one, T
     sources: Tensor  # (B, T) whose output is fed back into each token, of an earlier pass; -1: nobody's
+
+    def to(self, device: torch.device) -> "Tree":
+        """The same on a device."""
+        names = ("visible", "position_ids", "sources")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class StepClusters(nn.Module):
         """What serving reads the steps of the trained model with."""
         return StepReader(
             self.centres.cpu().numpy(),
-            self.projection.detach().cpu().numpy(),
+            self.projection.detach().clone().cpu().numpy(),
             self.cluster_of_code.cpu().numpy().astype(np.int16),
             np.array([TEMPERATURE], np.float32),
         )
@@ -225,8 +230,9 @@ class GlobalInterest(nn.Module):
         """Of embedded backbones (B, T, D), and by item: row, anchor, first step's output, target's row and rank."""
         interest = self.decoder(inputs_embeds=backbone, use_cache=False).last_hidden_state[rows, anchors]  # (items, D)
         logits = functional.normalize(interest, dim=-1) @ functional.normalize(targets, dim=-1).T / TEMPERATURE
-        is_same_item = (ranks[:, None] == ranks) & ~torch.eye(len(ranks), dtype=torch.bool)
-        contrast = functional.cross_entropy(logits.masked_fill(is_same_item, float("-inf")), torch.arange(len(ranks)))
+        itself = torch.arange(len(ranks), device=ranks.device)
+        is_same_item = (ranks[:, None] == ranks) & (itself[:, None] != itself)
+        contrast = functional.cross_entropy(logits.masked_fill(is_same_item, float("-inf")), itself)
         nearness = functional.cosine_similarity(first_step, interest.detach(), dim=-1).mean()
         total: Tensor = contrast + self._weight * (1 - nearness)
         return total

@@ -278,13 +278,11 @@ def fit(
         )
     )
     model.to(processes.device)
-    wrapped, optimizer = processes.prepare(
-        model,
-        torch.optim.AdamW(
-            (parameter for parameter in model.parameters() if parameter.requires_grad),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-        ),
+    wrapped = processes.prepare(model)
+    optimizer = torch.optim.AdamW(
+        (parameter for parameter in model.parameters() if parameter.requires_grad),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
     )
     checkpoint = folder / CHECKPOINT
     resumed = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
