@@ -218,7 +218,7 @@ class GlobalInterest(nn.Module):
         from transformers import AutoModel
 
         lighter = {"num_hidden_layers": max(1, model.config.num_hidden_layers // 2), "layer_types": None}
-        without_words = {"vocab_size": 1, "pad_token_id": 0}
+        without_words = {"vocab_size": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
         config = type(model.config)(**model.config.to_dict() | lighter | without_words)
         self.decoder = AutoModel.from_config(config)
         del self.decoder.embed_tokens  # it reads the model's own rows
