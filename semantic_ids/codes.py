@@ -62,12 +62,12 @@ class SidSpace:
             raise SidError(f"level {level} is outside this space of {self.num_levels} levels")
         if not 0 <= code < self.codebook_size:
             raise SidError(f"code {code} is outside this codebook of {self.codebook_size} codes")
-        return f"<{chr(ord('a') + level)}_{code}>"
+        return _written(level, code)
 
     @cached_property
     def _template(self) -> str:
         """Of a SID: `<a_%d><b_%d>`."""
-        return "".join(f"<{chr(ord('a') + level)}_%d>" for level in range(self.num_levels))
+        return "".join(_written(level, "%d") for level in range(self.num_levels))
 
     def all_tokens(self) -> list[str]:
         """Every token string in block order, to extend a tokenizer's vocabulary."""
@@ -166,3 +166,7 @@ class SidVocabulary:
         """Codes of whole SIDs, (..., L) → (..., L); a token of another level or none raises `SidError`."""
         levels = np.arange(self.space.num_levels, dtype=np.int64) * self.space.codebook_size
         return self.space.check(token_ids.astype(np.int64) - self.first_token_id - levels)
+
+
+def _written(level: int, code: int | str) -> str:
+    return f"<{chr(ord('a') + level)}_{code}>"
