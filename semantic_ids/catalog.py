@@ -164,6 +164,10 @@ class Catalog:
         """The item's SID, written."""
         return self.space.format(self.codes[rank])
 
+    def sids(self, ranks: Ranks) -> list[str]:
+        """The items' SIDs, written, (M,)."""
+        return [self.space.format(codes) for codes in self.codes[ranks].tolist()]
+
     @property
     def published(self) -> "Catalog":
         """The catalogue that this is an epoch of: itself, unless it is one."""

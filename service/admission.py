@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import UnavailableProblem, problem_response
 from service.metrics import Metrics
+from service.turns import Turns
 
 _SMOOTHING = 0.05  # of the means; about the last 20 requests count
 
@@ -78,11 +79,12 @@ class Admission:
                 kind="overloaded",
             )
 
-    async def watch(self) -> None:
+    async def watch(self, turns: Turns) -> None:
         """Keep the limit to what the event loop can bear; runs as long as the application."""
         while True:
             due = time.perf_counter() + _BEAT_S
             await asyncio.sleep(_BEAT_S)
+            await turns.take(due)  # behind everybody
             self.adapt(time.perf_counter() - due)
 
     def adapt(self, lag_s: float) -> None:
@@ -125,7 +127,7 @@ class EngineLine:
     def __init__(self, metrics: Metrics, bundle_id: str, clock: Callable[[], float] = time.perf_counter) -> None:
         """`bundle_id` is whose engine it is."""
         self._metrics = metrics
-        self._bundle_id = bundle_id
+        self._predicted = metrics.predicted_wait.labels(bundle_id)
         self._clock = clock
         self._num_ahead = 0
         self._mean_s = self._mean_ahead = self._variance = self._covariance = 0.0
@@ -178,7 +180,7 @@ class EngineLine:
     def check(self, left_s: float) -> None:
         """`UnavailableProblem` if an answer would come too late for a deadline of `left_s`."""
         predicted_s = self.predicted_s()
-        self._metrics.predicted_wait.labels(self._bundle_id).set(predicted_s)
+        self._predicted.set(predicted_s)
         now = self._clock()
         if predicted_s <= _SHORT_SHARE * left_s or self._num_ahead == 0:
             self._is_long = False
@@ -199,7 +201,7 @@ class EngineLine:
 
     def _left(self) -> None:
         self._num_ahead -= 1
-        self._metrics.predicted_wait.labels(self._bundle_id).set(self.predicted_s())
+        self._predicted.set(self.predicted_s())
 
     def _answered(self, num_ahead: int, seconds: float) -> None:
         self._last_progress_at = self._clock()

@@ -38,6 +38,7 @@ from service.settings import Settings
 from service.state import State
 from service.thoughts import Thoughts
 from service.tracing import Traced
+from service.turns import Turns
 
 if TYPE_CHECKING:
     from service.think_ahead import ThinkAhead
@@ -152,6 +153,7 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
     live = LiveCatalog(ItemStore(redis, timeout_s=settings.redis_timeout_s), metrics, merged)
     with suppress(ItemStoreError):  # not ready then, and read as soon as Redis answers
         await live.load()
+    turns = Turns()
     deployments = Deployments(
         settings.bundles,
         lambda bundle: engine_factory(bundle, settings, metrics),
@@ -167,6 +169,7 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
             answers=answers,
             served=served,
             thoughts=thoughts,
+            turns=turns,
             breaker=Breaker(
                 "engine",
                 metrics,
@@ -189,7 +192,7 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
     _run_in_background(deployments.follow(settings.follow_bundles_s), "follow-bundles", stack)
     _run_in_background(deployments.follow_wanted(settings.follow_experiments_s), "follow-wanted-bundles", stack)
     admission = Admission(settings.max_in_flight, metrics)
-    _run_in_background(admission.watch(), "admission", stack)
+    _run_in_background(admission.watch(turns), "admission", stack)
     return State(
         deployments=deployments,
         live=live,

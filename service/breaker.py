@@ -43,6 +43,7 @@ class Breaker:
         self._metrics = metrics
         self._context = Context(name, threshold, open_s)
         self._is_probing = False
+        self._level = metrics.breaker_state.labels(name, bundle_id)
         self._publish()
 
     @property
@@ -107,7 +108,7 @@ class Breaker:
 
     def _publish(self) -> None:
         self._context.messages.clear()
-        self._metrics.breaker_state.labels(self._name, self._bundle_id).set(_LEVELS[self._context.state])
+        self._level.set(_LEVELS[self._context.state])
 
 
 class GuardedHistories(Histories):

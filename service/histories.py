@@ -78,8 +78,8 @@ class HistoryEntry(NamedTuple):
 class UserState:
     """Everything that a recommendation needs to know of a user, read at one instant."""
 
-    entries: list[HistoryEntry]
-    """Oldest first: the newest that are stored, by (timestamp, arrival)."""
+    items: list[str]
+    """Of the history, oldest first: the newest that are stored, by (timestamp, arrival)."""
     total: int
     """History events ever accepted, also those no longer stored: where the prompt's window stands."""
     seen: frozenset[str]
@@ -161,9 +161,9 @@ _EVENT_IDS_KEY, _IMPORT_IDS_KEY = "4", "5"
 
 _LOAD = """
 -- KEYS  as above; ARGV  max_stored
--- Returns JSON: [[entry, timestamp, entry, ...], total, [seen], [excluded]], where an empty list may be {}.
+-- Returns JSON: [[entry, ...], total, [seen], [excluded]], where an empty list may be {}.
 return cjson.encode({
-  redis.call('ZRANGE', KEYS[1], -tonumber(ARGV[1]), -1, 'WITHSCORES'),
+  redis.call('ZRANGE', KEYS[1], -tonumber(ARGV[1]), -1),
   tonumber(redis.call('HGET', KEYS[6], 'history') or 0),
   redis.call('SMEMBERS', KEYS[2]),
   redis.call('SMEMBERS', KEYS[3])
@@ -244,13 +244,9 @@ class Histories:
         """The user's state at one instant; an unknown user has an empty one."""
         call = _ScriptCall(self._keys(user_id), [str(self._max_stored)])
         (reply,) = await self._run(_LOAD, [call])
-        flat, total, seen, excluded = json.loads(reply)
-        return UserState(
-            _entries(zip(flat[::2], flat[1::2], strict=True) if flat else ()),
-            total,
-            frozenset(seen),
-            frozenset(excluded),
-        )
+        entries, total, seen, excluded = json.loads(reply)
+        items = [entry.split(":", 2)[2] for entry in entries]  # as `_RECORD` writes them
+        return UserState(items, total, frozenset(seen), frozenset(excluded))
 
     async def history(self, user_id: str) -> list[HistoryEntry]:
         """The user's history alone, oldest first."""

@@ -64,6 +64,7 @@ from service.schemas import (
 from service.served_log import ServedLog
 from service.step_trace import StepTraces
 from service.thoughts import CachedThought, ThoughtQuestion, Thoughts, prompt_after
+from service.turns import Turns
 from service.user_context import UserContext, UserContexts
 
 log = structlog.get_logger(__name__)
@@ -113,6 +114,7 @@ class Recommender:
         breaker: Breaker | None = None,
         served: ServedLog | None = None,
         thoughts: Thoughts | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._histories = histories
         self._engine = engine
@@ -123,6 +125,7 @@ class Recommender:
         self._experiments = experiments
         self._served = served
         self._thoughts = thoughts
+        self._turns = turns or Turns()
         self._titles = CatalogTitles(bundle.catalog)
         if bundle.renderer.thinking is not None:  # 3 s in a thread at a million items: over before the first rationale
             self._titles.prepare()
@@ -164,7 +167,7 @@ class Recommender:
         """
         _refuse_unsupported(request, self._bundle)
         request = treatment.applied_to(request)
-        call = _Call(request, tenant, on_thought, reranks=treatment.overrides.rerank is True)
+        call = _Call(request, tenant, on_thought, self._turns, reranks=treatment.overrides.rerank is True)
         with self._place_in_line(call):
             answer = await self._recommend(request, tenant, call, treatment)
         if self._experiments is not None:
@@ -211,7 +214,7 @@ class Recommender:
         """Every candidate once, by the same score as `recommend` gives it; unknown ones last in the order given."""
         _refuse_unsupported(request, self._bundle)
         request = treatment.applied_to(request)
-        call = _Call(request, tenant, on_thought)
+        call = _Call(request, tenant, on_thought, self._turns)
         with self._place_in_line(call):
             answer = await self._rerank(request, tenant, call)
         return answer if self._experiments is None else self._experiments.exposed(answer, tenant, treatment)
@@ -494,18 +497,19 @@ class Recommender:
     ) -> list[RecommendedItem]:
         """Items as an answer shows them, as many as `ranks`, (M,)."""
         item_ids, titles = self._catalog.item_ids.take(ranks), self._catalog.titles.take(ranks)
-        shown = zip(ranks.tolist(), item_ids, titles, places, scores, propensities, sources, strict=False)
+        sids = self._catalog.sids(ranks)
+        shown = zip(item_ids, sids, titles, places, scores, propensities, sources, strict=False)
         return [
             RecommendedItem(
                 item_id=item_id,
                 rank=place,
                 score=score,
-                sid=self._catalog.sid(rank),
+                sid=sid,
                 title=title,
                 source=source,
                 propensity=propensity,
             )
-            for rank, item_id, title, place, score, propensity, source in shown
+            for item_id, sid, title, place, score, propensity, source in shown
         ]
 
     def _answer(
@@ -545,11 +549,18 @@ class _Call:
     """One request under way: its deadline, its stage times, and who hears its thought."""
 
     def __init__(
-        self, request: UserRequest, tenant: str, on_thought: TextListener | None, *, reranks: bool = False
+        self,
+        request: UserRequest,
+        tenant: str,
+        on_thought: TextListener | None,
+        turns: Turns,
+        *,
+        reranks: bool = False,
     ) -> None:
         self.request = request
         self.tenant = tenant
         self.on_thought = on_thought
+        self._turns = turns
         self.rationale: Rationale | None = None
         self._reranks = reranks
         self.place: Place | None = None
@@ -571,11 +582,13 @@ class _Call:
         return self.thinks or (wants_rationale and not self._reranks)
 
     async def timed(self, stage: str, work: Awaitable[T]) -> T:
-        """Await `work` and note how long it took."""
+        """Await `work`, and its turn to be gone on with; note how long that took."""
         start = time.perf_counter()
         try:
             with tracing.span(stage):
-                return await work
+                result = await work
+                await self._turns.take(self._start)
+                return result
         finally:
             self.stages[stage] = time.perf_counter() - start
 

@@ -102,7 +102,7 @@ class RecommendRequest(UserRequest):
     """POST /recommend."""
 
     num_items: int = Field(10, ge=1, le=500)
-    filter: ItemFilterBody = ItemFilterBody()
+    filter: ItemFilterBody = Field(default_factory=ItemFilterBody)
     exclude_seen: bool = True
     diversity: float = Field(0.0, ge=0.0, le=1.0, allow_inf_nan=False)
     exploration: float = Field(0.0, ge=0.0, le=1.0, allow_inf_nan=False)

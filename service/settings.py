@@ -54,7 +54,7 @@ class Settings(BaseSettings):
 
     engine: Literal["local", "vllm", "auto"] = Field("local", description="auto: vLLM if installed and able to run it")
     beam_width: int = Field(20, ge=1, le=500, description="width is the larger of this and num_items")
-    max_batch: int = Field(16, ge=1)
+    max_batch: int = Field(32, ge=1)
     decode_threads: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     vllm_replicas: int = Field(1, ge=1, le=64, description="processes of the vLLM engine; on CPUs each uses one core")

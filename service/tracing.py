@@ -1,18 +1,18 @@
 """OpenTelemetry traces: one server span a request, one child for each stage (Redis, thought, engine).
 
-Off until `SIDREC_OTLP_ENDPOINT` names a collector (OTLP over HTTP); without one the calls below cost a microsecond and
-record nothing. A caller's `traceparent` is continued. Spans carry ids, never bodies, keys or user ids.
+Off until `SIDREC_OTLP_ENDPOINT` names a collector (OTLP over HTTP); without one the calls below do nothing. A caller's
+`traceparent` is continued. Spans carry ids, never bodies, keys or user ids.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 from opentelemetry import trace
 from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_tracer = trace.get_tracer("sidrec")
+_tracer: trace.Tracer | None = None
+_NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
 def configure(endpoint: str, service_version: str) -> None:
@@ -26,13 +26,13 @@ def configure(endpoint: str, service_version: str) -> None:
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")))
     trace.set_tracer_provider(provider)
+    global _tracer  # noqa: PLW0603 - the process has one
+    _tracer = provider.get_tracer("sidrec")
 
 
-@contextmanager
-def span(name: str) -> Iterator[None]:
+def span(name: str) -> AbstractContextManager[object]:
     """A stage of the request at hand."""
-    with _tracer.start_as_current_span(name):
-        yield
+    return _NO_SPAN if _tracer is None else _tracer.start_as_current_span(name)
 
 
 class Traced:
@@ -43,7 +43,7 @@ class Traced:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI request; anything but HTTP passes through."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _tracer is None:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

@@ -59,7 +59,7 @@ class UserContexts:
                 seen, excluded = known.seen, known.excluded
             else:
                 seen, excluded, total = state.seen, state.excluded, state.total
-                shown = [entry.item_id for entry in state.entries]
+                shown = state.items
         inline = request.inline_history()
         if inline is not None:
             seen |= frozenset(inline)

@@ -2,8 +2,7 @@
 
     submit() → queue → batch of what waits (equal `group`, at most `max_batch`) → run(batch) → futures
 
-While one batch runs the next one gathers, so a lone job waits for nothing and a crowd shares the work. The answers of a
-batch are handed out one in each round of the event loop: all at once they would keep it from everything else meanwhile.
+While one batch runs the next one gathers, so a lone job waits for nothing and a crowd shares the work.
 """
 
 import asyncio
@@ -54,12 +53,12 @@ class Batcher(Generic[JobT, AnswerT]):
         self._waiting: list[_Entry[JobT, AnswerT]] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._settling: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
 
     @property
     def is_running(self) -> bool:
         """Whether jobs are taken."""
-        return self._task is not None and not self._task.done()
+        return self._task is not None and not self._task.done() and not self._is_stopping
 
     @property
     def num_waiting(self) -> int:
@@ -87,38 +86,40 @@ class Batcher(Generic[JobT, AnswerT]):
 
     async def stop(self) -> None:
         """Let the running batch finish; whatever still waits gets `EngineUnavailableError`."""
+        self._is_stopping = True
+        self._wake.set()
         if self._task is not None:
-            self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-            await asyncio.gather(*self._settling)
         # Its frames hold the last batch, and `run` is a method of whoever owns this: they would keep each other, and a
         # model, until a rare full collection.
         self._task, self._run = None, _ended
 
     async def _serve(self) -> None:
-        while True:
+        while not self._is_stopping:
             await self._wake.wait()
             self._wake.clear()
-            while self._waiting:
-                batch = self._next_batch()
-                started_at = time.monotonic()
-                self._on_batch(len(batch))
-                work = asyncio.ensure_future(self._answers(batch))
-                try:
-                    answers = await asyncio.shield(work)
-                except asyncio.CancelledError:  # stopping: what is being worked on is still answered
-                    await _settle(batch, await work, started_at)
-                    raise
-                settling = asyncio.create_task(_settle(batch, answers, started_at))
-                self._settling.add(settling)
-                settling.add_done_callback(self._settling.discard)
+            while self._waiting and not self._is_stopping:
+                await self._serve_batch(self._next_batch())
 
-    async def _answers(self, batch: Sequence[_Entry[JobT, AnswerT]]) -> Sequence[AnswerT | Exception]:
-        """`run`'s answers; what it raises fails this batch and not the batcher."""
+    async def _serve_batch(self, batch: Sequence[_Entry[JobT, AnswerT]]) -> None:
+        # No task of its own and no shield: each would be one more round of the event loop, all of which the engine is
+        # idle, between its answer and its next batch.
+        started_at = time.monotonic()
+        self._on_batch(len(batch))
         try:
-            return await self._run([entry.job for entry in batch])
+            answers = await self._run([entry.job for entry in batch])
         except Exception as error:  # whatever fails must not take the batcher down
-            return [error] * len(batch)
+            answers = [error] * len(batch)
+        except BaseException:  # the event loop ends
+            _refuse(batch, self._name)
+            raise
+        for entry, answer in zip(batch, answers, strict=True):
+            if entry.future.done():  # cancelled by its caller
+                continue
+            if isinstance(answer, Exception):
+                entry.future.set_exception(answer)
+            else:
+                entry.future.set_result(Batched(answer, started_at - entry.queued_at))
 
     def _next_batch(self) -> list[_Entry[JobT, AnswerT]]:
         """The oldest job and those behind it of the same group."""
@@ -129,28 +130,19 @@ class Batcher(Generic[JobT, AnswerT]):
         return batch
 
     def _refuse_waiting(self) -> None:
-        for entry in self._waiting:
-            if not entry.future.done():
-                entry.future.set_exception(EngineUnavailableError(f"the {self._name} has stopped"))
+        _refuse(self._waiting, self._name)
         self._waiting.clear()
+
+
+def _refuse(entries: Sequence[_Entry[JobT, AnswerT]], name: str) -> None:
+    for entry in entries:
+        if not entry.future.done():
+            entry.future.set_exception(EngineUnavailableError(f"the {name} has stopped"))
 
 
 async def _ended(_jobs: Sequence[object]) -> Sequence[Exception]:
     """What a batcher that has stopped runs: nothing."""
     return [EngineUnavailableError("the batcher has stopped") for _ in _jobs]
-
-
-async def _settle(
-    batch: Sequence[_Entry[JobT, AnswerT]], answers: Sequence[AnswerT | Exception], started_at: float
-) -> None:
-    for entry, answer in zip(batch, answers, strict=True):
-        if entry.future.done():  # cancelled by its caller
-            continue
-        if isinstance(answer, Exception):
-            entry.future.set_exception(answer)
-        else:
-            entry.future.set_result(Batched(answer, started_at - entry.queued_at))
-        await asyncio.sleep(0)
 
 
 def run_isolated(run: Callable[[Sequence[JobT]], Sequence[AnswerT]], jobs: Sequence[JobT]) -> list[AnswerT | Exception]:

@@ -35,7 +35,7 @@ class LocalEngineConfig:
 
     threads: int = 1
     """OpenMP threads: with two on two cores decoding is 10 to 20 times slower under load (libgomp spins)."""
-    max_batch: int = 16
+    max_batch: int = 32
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -68,7 +68,7 @@ class VllmEngineConfig:
     """How the vLLM engine runs."""
 
     replicas: int = 1
-    max_batch: int = 16
+    max_batch: int = 32
     dtype: Literal["float32", "bfloat16"] = "float32"
     kv_cache_gib: float = 1.0
     """Of one replica, on CPUs; on GPUs vLLM takes what `gpu_memory_utilization` leaves."""

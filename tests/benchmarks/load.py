@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _TIMEOUT_S = 30.0
+_PROBE = b"GET /health/live HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,13 @@ class Load:
 
 @asynccontextmanager
 async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
-    """Open connections to a loopback port; closed at the end."""
+    """Open connections to a loopback port, each of which the service has answered on; closed at the end."""
     opened: list[Connection] = []
     try:
         for _ in range(count):
             _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
             opened.append(connection)
+            await connection.request(_PROBE)  # until then it may only be in the kernel's queue
         yield opened
     finally:
         for connection in opened:
