@@ -242,8 +242,10 @@ def _qualified(stage: str, overrides: list[str] | None) -> list[str]:
 def _run(
     until: "StageName", data: Path, out: Path, overrides: list[str], config: str | None, skip_bad_rows: bool
 ) -> dict["StageName", Summary]:
+    from training.memory import keep_freed_memory
     from training.pipeline import RESOLVED_CONFIG, Pipeline, load_config, parse_overrides
 
+    keep_freed_memory()
     if config is None:
         config = str(out / RESOLVED_CONFIG) if (out / RESOLVED_CONFIG).exists() else "default"
     settings = parse_overrides(overrides)

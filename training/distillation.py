@@ -52,6 +52,10 @@ class TeacherLists:
         """The lists of these events, in this order."""
         return TeacherLists(self.items[events], self.weights[events])
 
+    def followed_by(self, others: "TeacherLists") -> "TeacherLists":
+        """These lists, then the others."""
+        return TeacherLists(np.concatenate((self.items, others.items)), np.concatenate((self.weights, others.weights)))
+
     def renamed(self, new_name: npt.NDArray[np.int32]) -> "TeacherLists":
         """The same lists where item i is called `new_name[i]`."""
         return TeacherLists(new_name[self.items], self.weights)

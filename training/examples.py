@@ -53,6 +53,11 @@ class Batch:
             tree=tree,
         )
 
+    def before_codes(self, hidden: Tensor) -> Tensor:
+        """Of the outputs (B, T, D) those that predict each target's codes, (items, L, D)."""
+        places = self.rows[:, None] * hidden.shape[1] + self.positions
+        return hidden.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
+
     def where(self, is_target: npt.NDArray[np.bool_]) -> "Batch":
         """The same rows, of whose target items (items,) only these are targets."""
         kept = torch.from_numpy(is_target)

@@ -172,4 +172,4 @@ def _dropped(values: Tensor, share: float) -> Tensor:
         return values
     draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device).random_(-(2**63), None)
     is_kept = draws.view(torch.int16)[: values.numel()].view(values.shape) >= round(share * 2**16) - 2**15
-    return torch.where(is_kept, values, 0).mul_(1 / (1 - share))
+    return values * is_kept.to(values.dtype).mul_(1 / (1 - share))  # a third of `torch.where`'s time, there and back

@@ -139,20 +139,36 @@ class _Objective(nn.Module):
         lesson, further = lesson.to(device), further and further.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._config.dtype == "bfloat16"):
             hidden = hidden_states(self.model, lesson.batch)
-            log_likelihood, expected = self._scores(hidden, lesson)
+            log_likelihood, expected, expected_further = self._scores(hidden, lesson, further)
             loss = -log_likelihood.mean()
             total = torch.lerp(loss, -expected.mean(), self._config.distillation)
             if self.supervision is not None:
                 total = total + self.supervision(self.model, self._examples, hidden, lesson.batch)
             total = lesson.weight * total
             if further is not None:
-                _, expected = self._scores(hidden_states(self.model, further.batch), further)
-                total = total - further.weight * expected.mean()
+                total = total - further.weight * expected_further.mean()
         return loss, total
 
-    def _scores(self, hidden: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def _scores(self, hidden: Tensor, lesson: Lesson, further: Lesson | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the lesson's targets the scores and what is expected of them, and the latter of the further lesson's.
+
+        Together, as every pass through the tables costs a gradient of their size.
+        """
+        before_codes, ranks, lists = lesson.batch.before_codes(hidden), lesson.batch.ranks, lesson.lists
+        if further is not None:
+            before_further = further.batch.before_codes(hidden_states(self.model, further.batch))
+            before_codes = torch.cat((before_codes, before_further))
+            ranks = np.concatenate((ranks, further.batch.ranks))
+            lists = _lists_of(lesson).followed_by(_lists_of(further))
         catalog, vocabulary = self._examples.catalog, self._examples.vocabulary
-        return scores_of_targets(hidden, self.model, catalog, vocabulary, lesson.batch, lesson.lists)
+        scores, expected = scores_of_targets(before_codes, self.model, catalog, vocabulary, ranks, lists)
+        count = len(lesson.batch.ranks)
+        return scores[:count], expected[:count], expected[count:]
+
+
+def _lists_of(lesson: Lesson) -> TeacherLists:
+    """With no teacher, lists that expect nothing."""
+    return TeacherLists.empty(len(lesson.batch.ranks)) if lesson.lists is None else lesson.lists
 
 
 class _Supervision(nn.Module):
@@ -183,7 +199,7 @@ class _Supervision(nn.Module):
 
     def forward(self, model: "PreTrainedModel", examples: "Examples", hidden: Tensor, batch: "Batch") -> Tensor:
         """What is to be added to the loss of a batch whose outputs are `hidden` (B, T, D)."""
-        before_codes = hidden[batch.rows[:, None], batch.positions]  # (items, L, D)
+        before_codes = batch.before_codes(hidden)
         codes = torch.from_numpy(examples.catalog.codes[batch.ranks].astype(np.int64)).to(hidden.device)
         losses = [] if self.clusters is None else [self.clusters(before_codes, codes)]
         if self.interest is not None:

@@ -6,6 +6,7 @@ Per code, the log-softmax over the legal codes of its prefix; so what is trained
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,7 +38,8 @@ def log_likelihoods(
     teacher: TeacherLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score of each target item, (items,), and of what the teacher expects along its path; 0 without a teacher."""
-    return scores_of_targets(hidden_states(model, batch), model, catalog, vocabulary, batch, teacher)
+    before_codes = batch.before_codes(hidden_states(model, batch))
+    return scores_of_targets(before_codes, model, catalog, vocabulary, batch.ranks, teacher)
 
 
 def hidden_states(model: "PreTrainedModel", batch: Batch) -> Tensor:
@@ -57,19 +59,19 @@ def bake(model: "PreTrainedModel") -> None:
 
 
 def scores_of_targets(
-    hidden: Tensor,
+    before_codes: Tensor,
     model: "PreTrainedModel",
     catalog: Catalog,
     vocabulary: SidVocabulary,
-    batch: Batch,
+    ranks: npt.NDArray[np.int64],
     teacher: TeacherLists | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `log_likelihoods`, of outputs (B, T, D) that are there already."""
-    path = catalog.trie.path_of_rank(batch.ranks)  # (items, L)
+    """As `log_likelihoods`, of targets (items,) whose outputs (items, L, D) are there already."""
+    path = catalog.trie.path_of_rank(ranks)  # (items, L)
     all_paths = catalog.trie.path_of_rank(np.arange(len(catalog))) if teacher is not None else path  # (N, L)
     head = model.get_output_embeddings()
-    total, expected = torch.zeros(2, len(path), device=hidden.device)
-    for level in range(vocabulary.space.num_levels):
+    total, expected = torch.zeros(2, len(path), device=before_codes.device)
+    for level, hidden in enumerate(before_codes.unbind(dim=1)):
         prefix = path[:, level - 1] if level else np.full(len(path), ROOT)
         open_items = np.flatnonzero(~catalog.trie.has_one_child(prefix))  # what is forced adds exactly 0
         if not len(open_items):
@@ -78,7 +80,7 @@ def scores_of_targets(
         places = torch.from_numpy(open_items).to(hidden.device)
         prefix, node = prefix[open_items], path[open_items, level]
         scores = child_log_probs(
-            hidden[batch.rows[places], batch.positions[places, level]],
+            hidden.index_select(0, places),
             head.weight,
             getattr(head, "bias", None),
             catalog.trie,

@@ -84,12 +84,15 @@ class LocalWorker:
         if isinstance(message, GiveUp):  # too late: it has been answered
             return
         try:
-            self._connection.send(Reply(number, self._run(number, message)))
+            reply = Reply(number, self._run(number, message))
         except _GivenUpError as error:
-            self._connection.send(Reply(number, error=str(error)))
-        except Exception as error:  # whatever fails must not end the process
+            reply = Reply(number, error=str(error))
+        except (EOFError, BrokenPipeError):  # the service is gone
+            raise
+        except Exception as error:  # whatever else fails must not end the process
             log.exception("local_engine_call_failed", call=type(message).__name__)
-            self._connection.send(Reply(number, error=f"{type(message).__name__}: {type(error).__name__}: {error}"))
+            reply = Reply(number, error=f"{type(message).__name__}: {type(error).__name__}: {error}")
+        self._connection.send(reply)
 
     def _run(self, number: int, message: Call) -> Decoded | None:
         if isinstance(message, Decode):

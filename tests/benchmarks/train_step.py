@@ -31,6 +31,7 @@ from training.examples import Examples, Lesson, continuation_lessons, epoch_batc
 from training.generator import build_model
 from training.item_memory import TEXT_WIDTH, KnownItems
 from training.learner import Learner, Teaching
+from training.memory import keep_freed_memory
 from training.pipeline import load_config
 from training.processes import Processes
 from training.sequences import Sequences
@@ -45,7 +46,8 @@ STEPS, RUNS = 8, 5
 
 
 def main() -> None:
-    """One thread, seed 0."""
+    """One thread, seed 0, and the heap as `sidrec-train` has it."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = load_config("best", {}).sft

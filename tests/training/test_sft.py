@@ -29,9 +29,10 @@ from semantic_ids.prompt import (
     window_start,
 )
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
+from training.distillation import LIST_LENGTH, TeacherLists
 from training.examples import Examples, TargetSplit, epoch_batches, history_items, prompt_windows
 from training.generator import MODEL, TrainedModel, _dropped, build_model
-from training.likelihood import item_log_likelihood
+from training.likelihood import hidden_states, item_log_likelihood, scores_of_targets
 from training.sequences import Sequences
 from training.sft import CHECKPOINT, SftSummary, run
 from training.sft_config import SftConfig
@@ -169,6 +170,32 @@ def test_no_score_depends_on_later_items_or_on_other_rows(built):
     assert scores([3, 1, 4, 9])[:3] == pytest.approx(alone[:3], abs=1e-5)
     assert scores([3, 1, 4, 9])[3] != pytest.approx(alone[3], abs=1e-3)
     assert scores([2, 7, 1, 8, 2, 8], [3, 1, 4, 1], [5])[6:10] == pytest.approx(alone, abs=1e-4)
+
+
+def test_two_batches_scored_together_have_the_scores_and_expectations_of_each_alone(built):
+    """As a step does with sequences and continuations, to read its tables once."""
+    model, vocabulary, renderer = built
+    examples, rng = Examples(CATALOG, vocabulary, renderer), np.random.default_rng(4)
+    batches = [examples.batch(Sequences.of(windows)) for windows in ([[3, 1, 4, 1], [5]], [[2, 7, 1, 8, 2]])]
+    lists = [
+        TeacherLists(
+            rng.integers(0, NUM_ITEMS, (len(batch.ranks), LIST_LENGTH)).astype(np.int32),
+            rng.dirichlet(np.ones(LIST_LENGTH), len(batch.ranks)).astype(np.float32),
+        )
+        for batch in batches
+    ]
+    before_codes = [batch.before_codes(hidden_states(model, batch)) for batch in batches]
+    alone = [
+        scores_of_targets(before, model, CATALOG, vocabulary, batch.ranks, of_batch)
+        for before, batch, of_batch in zip(before_codes, batches, lists, strict=True)
+    ]
+    ranks = np.concatenate([batch.ranks for batch in batches])
+    together = scores_of_targets(
+        torch.cat(before_codes), model, CATALOG, vocabulary, ranks, lists[0].followed_by(lists[1])
+    )
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts))
+    assert not torch.allclose(*together)
 
 
 def test_the_probabilities_of_all_sids_add_up_to_one(built):
