@@ -53,6 +53,7 @@ class Admission:
         self._metrics = metrics
         self._in_flight = 0
         self._mean_s = 0.0
+        metrics.in_flight_limit.set(max_in_flight)
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -94,6 +95,8 @@ class Admission:
         else:  # from what is in flight: a limit that nobody meets would have to fall for long before it does anything
             least = min(_LEAST_LIMIT, self._max_in_flight)
             self._limit = max(least, round(_CUT * min(self._limit, max(self._in_flight, least))))
+        self._metrics.event_loop_lag.observe(lag_s)
+        self._metrics.in_flight_limit.set(self._limit)
 
 
 class EarlyGate:

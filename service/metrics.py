@@ -31,6 +31,15 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("sidrec_http_in_flight", "Requests being answered.", registry=self.registry)
+        self.in_flight_limit = Gauge(
+            "sidrec_http_in_flight_limit", "How many may be: less while the event loop lags.", registry=self.registry
+        )
+        self.event_loop_lag = Histogram(
+            "sidrec_event_loop_lag_seconds",
+            "How late the event loop was, the wait for a turn included, looked at every 10 ms.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
         self.shed = Counter(
             "sidrec_shed", "Requests turned away with 503, by reason.", ("reason",), registry=self.registry
         )

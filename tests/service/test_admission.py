@@ -12,6 +12,7 @@ from service.engine.base import DecodeRequest, DecodeResult, ThoughtListener
 from service.errors import UnavailableProblem
 from service.metrics import Metrics
 from service.settings import Settings
+from service.turns import Turns
 from tests.service.engines import SlowEngine, failing, slow
 from tests.service.running import assert_problem, event, running, until
 from tests.service.world import ITEM_IDS
@@ -85,9 +86,12 @@ async def test_failed_and_cancelled_requests_give_their_slots_back(settings: Set
 
 
 def test_the_limit_falls_while_the_event_loop_lags_and_comes_back():
-    admission = Admission(256, Metrics())
+    metrics = Metrics()
+    admission = Admission(256, metrics)
     for _ in range(20):
         admission.adapt(0.1)
+    assert metrics.registry.get_sample_value("sidrec_http_in_flight_limit") == 64
+    assert metrics.registry.get_sample_value("sidrec_event_loop_lag_seconds_sum") == pytest.approx(2.0)
     with ExitStack() as held:
         for _ in range(64):
             held.enter_context(admission.slot())
@@ -102,6 +106,25 @@ def test_the_limit_falls_while_the_event_loop_lags_and_comes_back():
             held.enter_context(admission.slot())
         with pytest.raises(UnavailableProblem, match="256 requests"):
             admission.check()
+    assert metrics.registry.get_sample_value("sidrec_http_in_flight_limit") == 256
+
+
+async def test_a_crowd_that_waits_for_its_turn_counts_as_lag():
+    """Where turns keep every round short the loop itself is in time, however much there is to do."""
+    metrics, turns = Metrics(), Turns(per_round=1)
+
+    async def work() -> None:
+        await turns.take(time.perf_counter())
+        time.sleep(0.001)  # noqa: ASYNC251 - what costs the loop's time
+
+    watch = asyncio.create_task(Admission(256, metrics).watch(turns))
+    await asyncio.gather(*(work() for _ in range(100)))
+    await until(lambda: metrics.registry.get_sample_value("sidrec_event_loop_lag_seconds_count") != 0)
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
+    limit = metrics.registry.get_sample_value("sidrec_http_in_flight_limit")
+    assert limit is not None
+    assert limit < 256
 
 
 class Clock:
