@@ -28,6 +28,7 @@ from semantic_ids.prompt import (
 from semantic_ids.step_reader import StepReader
 from training.base_model import extend_pretrained
 from training.item_memory import ItemMemory, KnownItems, plain_state
+from training.legal_softmax import set_temperature
 from training.rms_norm import replace_norms
 from training.sft_config import SftConfig
 from training.sharding import whole
@@ -81,6 +82,7 @@ def build_model(
         model = AutoModelForCausalLM.from_config(_fresh_config(config, vocabulary))
         replace_norms(model)
         _add_dropout(model, config.dropout)
+        set_temperature(model, config.temperature)
         if config.item_memory:
             if known is None:
                 raise StageError("sft.item_memory=true needs what is known of the items, and nothing was given")

@@ -18,6 +18,7 @@ from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary
 from semantic_ids.quantizer import Vectors
 from training.directions import strongest_directions
+from training.legal_softmax import temperature_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,18 +113,17 @@ def rows_of(model: "PreTrainedModel", token_ids: Tensor) -> Tensor:
 
 
 def plain_state(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The weights of a plain checkpoint, without any memory and with both tables."""
-    memory = memory_of(model)
+    """The weights of a plain checkpoint: without any memory, with both tables, and with its temperature in the head."""
+    memory, temperature = memory_of(model), temperature_of(model)
     with torch.no_grad():
         tables = () if memory is None else memory.tables()
     state: dict[str, Tensor] = model.state_dict()  # which parts a model in shards, so that nobody computes after it
-    if memory is None:
-        return state
     names = {module: name for name, module in model.named_modules()}
-    plain = {name: tensor for name, tensor in state.items() if ".memory." not in name}
-    for module, table in zip((model.get_input_embeddings(), model.get_output_embeddings()), tables, strict=True):
-        plain[f"{names[module]}.weight"] = table.contiguous()
-    return plain
+    head = f"{names[model.get_output_embeddings()]}.weight"
+    if memory is not None:
+        state = {name: tensor for name, tensor in state.items() if ".memory." not in name}
+        state[f"{names[model.get_input_embeddings()]}.weight"], state[head] = (table.contiguous() for table in tables)
+    return state if temperature == 1 else state | {head: state[head] / temperature}
 
 
 def _scaled(vectors: Vectors) -> Vectors:

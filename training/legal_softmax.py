@@ -5,6 +5,7 @@ so here only the children's rows of the head are multiplied: a level of one code
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,22 @@ from torch import Tensor
 
 from semantic_ids.decoding.legal import EmptyAllowedSetError
 from semantic_ids.trie import Nodes, SidTrie
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def set_temperature(model: "PreTrainedModel", temperature: float) -> None:
+    """Train `model` by a softmax at temperature τ: LETTER's ranking-guided generation loss (arXiv 2405.07314).
+
+    What is saved has it in its head (`generator.plain_state`), so that whoever decodes it ranks by what was trained.
+    """
+    model.get_output_embeddings().sid_temperature = temperature
+
+
+def temperature_of(model: "PreTrainedModel") -> float:
+    """τ of a model in training; 1 of any other."""
+    return float(getattr(model.get_output_embeddings(), "sid_temperature", 1.0))
 
 
 @dataclass(frozen=True)
@@ -29,9 +46,15 @@ class ChildLogProbs:
 
 
 def child_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, trie: SidTrie, prefix: Nodes, row_of_code: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    trie: SidTrie,
+    prefix: Nodes,
+    row_of_code: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> ChildLogProbs:
-    """Softmax over the children of each prefix.
+    """Softmax over the children of each prefix, of logits divided by `temperature`.
 
     `hidden` (P, D) predicts the code behind `prefix` (P,), nodes of one level, from a head, `weight` (R, D) and `bias`
     (R,), in which the next level's codes stand at `row_of_code` (K,); absent: at themselves. Prefixes are taken
@@ -51,6 +74,7 @@ def child_log_probs(
     if bias is not None:
         logits = logits + bias[codes][:, None]
     chosen = logits.flatten(0, 1).index_select(0, place).float()  # (P, M)
+    chosen = chosen if temperature == 1 else chosen / temperature
     log_probs = chosen.masked_fill(~is_legal[group_of_row], float("-inf")).log_softmax(dim=-1)
     return ChildLogProbs(log_probs, first_child[group])
 

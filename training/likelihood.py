@@ -16,7 +16,7 @@ from semantic_ids.trie import ROOT
 from training.distillation import TeacherLists, teacher_log_likelihood
 from training.examples import Batch, Examples, TargetSplit, prompt_windows
 from training.item_memory import memory_of, rows_of
-from training.legal_softmax import child_log_probs
+from training.legal_softmax import child_log_probs, temperature_of
 from training.processes import Processes
 from training.sft_config import SftConfig
 from training.stepwise import run_in_passes
@@ -86,6 +86,7 @@ def scores_of_targets(
             catalog.trie,
             prefix,
             rows_of(model, torch.arange(block.start, block.stop, device=hidden.device)),
+            temperature_of(model),
         )
         total = total.index_add(0, places, scores.of(node))
         if teacher is not None:

@@ -19,6 +19,7 @@ class SftConfig(StageConfig):
             "step_clusters",
             "step_clusters_shuffled",
             "global_interest",
+            "temperature",
         }
     )
 
@@ -40,6 +41,9 @@ class SftConfig(StageConfig):
     )
     continuations: int = Field(
         0, ge=0, description="sequences that SASRec and the item-kNN continue, to learn from what they expect there"
+    )
+    temperature: float = Field(
+        1.0, gt=0, le=10, description="τ of LETTER's ranking-guided loss, also decoded at; from scratch only"
     )
     moving_average: float = Field(
         0.0, ge=0, lt=1, description="decay a step of the weights' average, which is then what is validated and kept"
@@ -88,6 +92,13 @@ class SftConfig(StageConfig):
         if item_memory and others.data.get("base_model") is not None:
             raise ValueError("a base model brings its tables with it: leave sft.item_memory or sft.base_model out")
         return item_memory
+
+    @field_validator("temperature")
+    @classmethod
+    def _needs_a_head_of_its_own(cls, temperature: float, others: ValidationInfo) -> float:
+        if temperature != 1 and others.data.get("base_model") is not None:
+            raise ValueError("a base model's head may be its input table: leave sft.temperature or sft.base_model out")
+        return temperature
 
     @field_validator("steps", "step_clusters", "global_interest")
     @classmethod

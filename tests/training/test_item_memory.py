@@ -64,8 +64,9 @@ def test_every_parameter_learns_and_the_tables_are_none(tmp_path):
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def test_what_is_saved_is_a_plain_model_that_scores_as_trained(tmp_path):
-    summary = train(tmp_path, learning_rate=0.01, max_epochs=3)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_what_is_saved_is_a_plain_model_that_scores_as_trained(tmp_path, temperature):
+    summary = train(tmp_path, learning_rate=0.01, max_epochs=3, temperature=temperature)
     trained = TrainedModel.load(tmp_path, CATALOG)
     model, info = AutoModelForCausalLM.from_pretrained(trained.folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -28,10 +28,12 @@ from semantic_ids.prompt import (
     PromptRenderer,
     window_start,
 )
+from semantic_ids.trie import ROOT
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
 from training.distillation import LIST_LENGTH, TeacherLists
 from training.examples import Examples, TargetSplit, epoch_batches, history_items, prompt_windows
 from training.generator import MODEL, TrainedModel, _dropped, build_model
+from training.legal_softmax import child_log_probs
 from training.likelihood import hidden_states, item_log_likelihood, scores_of_targets
 from training.sequences import Sequences
 from training.sft import CHECKPOINT, SftSummary, run
@@ -279,6 +281,31 @@ def test_the_last_epoch_is_kept_where_that_is_asked_for(tmp_path):
     trained = TrainedModel.load(tmp_path, CATALOG)
     served = decoded_scores(trained.load_decoder(), trained.renderer, noise)
     assert served.mean() == pytest.approx(summary.validation_log_likelihood, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("temperature", [0.6, 1.2])
+def test_what_is_saved_decodes_at_the_temperature_that_was_trained(tmp_path, architecture, temperature):
+    summary = train(tmp_path, architecture=architecture, temperature=temperature, max_epochs=2)
+    trained = TrainedModel.load(tmp_path, CATALOG)
+    served = decoded_scores(trained.load_decoder(), trained.renderer, VALIDATION)
+    assert served.mean() == pytest.approx(summary.validation_log_likelihood, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_a_temperature_divides_the_logits(tmp_path):
+    model, vocabulary, _ = build_model(config_of(), CATALOG, tmp_path)
+    hidden, prefix = torch.randn(5, model.config.hidden_size), np.full(5, ROOT)
+    weight = model.get_output_embeddings().weight[vocabulary.block(0)]
+    plain = child_log_probs(hidden, weight, None, CATALOG.trie, prefix).log_probs
+    sharp = child_log_probs(hidden, weight, None, CATALOG.trie, prefix, temperature=0.5).log_probs
+    torch.testing.assert_close(sharp, (2 * plain).log_softmax(dim=-1))
+    assert not torch.allclose(sharp, plain)
+
+
+def test_a_base_model_has_no_temperature_of_its_own():
+    with pytest.raises(ValidationError, match=r"leave sft\.temperature or sft\.base_model out"):
+        config_of(base_model="there", temperature=0.8)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
