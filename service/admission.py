@@ -35,7 +35,7 @@ _LEAST_SLOPE = 0.25
 
 
 _MOST_LAG_S, _BEAT_S = 0.005, 0.01
-"""Of the event loop, a round or two of which even a shed request waits for: 10 ms and more cost answers as well."""
+"""Of the event loop, the wait for a turn included: with 20 ms more were refused at 80 % of what can be answered."""
 _LEAST_LIMIT, _CUT, _RAISE = 64, 0.7, 2
 """Requests that are let in however slow the loop is; the limit falls by a factor and rises by a number each beat."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def set_temperature(model: "PreTrainedModel", temperature: float) -> None:
     """Train `model` by a softmax at temperature τ: LETTER's ranking-guided generation loss (arXiv 2405.07314).
 
-    What is saved has it in its head (`generator.plain_state`), so that whoever decodes it ranks by what was trained.
+    What is saved has it in its head (`item_memory.plain_state`), so that whoever decodes it ranks by what was trained.
     """
     model.get_output_embeddings().sid_temperature = temperature
 

@@ -87,7 +87,7 @@ class LocalWorker:
             reply = Reply(number, self._run(number, message))
         except _GivenUpError as error:
             reply = Reply(number, error=str(error))
-        except (EOFError, BrokenPipeError):  # the service is gone
+        except BrokenPipeError:  # the service is gone; an EOFError may also be a file's
             raise
         except Exception as error:  # whatever else fails must not end the process
             log.exception("local_engine_call_failed", call=type(message).__name__)
