@@ -21,7 +21,7 @@ continuous form: the same tokens, and the input of each is its row plus what the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,12 +61,12 @@ class PromptSpec(BaseModel):
     """Thinking steps before each code of the SID that is asked for, of stepwise prompts alone."""
 
 
-@dataclass(frozen=True)
-class HistoryItem:
+class HistoryItem(NamedTuple):
     """One known item of a history, as a prompt shows it."""
 
     codes: Codes  # (L,)
-    title: str
+    title: str = ""
+    """Read by prompts that show titles alone."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class PromptRenderer(Protocol):
     """One prompt version."""
 
     version: ClassVar[int]
+    shows_titles: ClassVar[bool]
+    """Whether a prompt has the titles of its items; else they need not be read for it."""
     spec: PromptSpec
 
     @property
@@ -152,6 +154,7 @@ class CompactPrompt:
     """Version 1: `<bos>` and bare SIDs. The whole sequence is one row, and every item in it is a target."""
 
     version: ClassVar[int] = COMPACT_VERSION
+    shows_titles: ClassVar[bool] = False
     thinking: ClassVar[None] = None
     forced: tuple[tuple[int, ...], ...] = ()
     fed_back: tuple[int, ...] = ()
@@ -222,6 +225,7 @@ class ChatPrompt:
     """Version 2: ChatML, as SmolLM2 and Qwen3 read it. SID tokens come from ids, so no title can forge one."""
 
     version: ClassVar[int] = CHAT_VERSION
+    shows_titles: ClassVar[bool] = True
     thinking: ThinkingFormat | None = None
     forced: ClassVar[tuple[tuple[int, ...], ...]] = ()
     fed_back: ClassVar[tuple[int, ...]] = ()

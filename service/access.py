@@ -4,13 +4,14 @@ A body is read for known callers only. FastAPI alone would read and parse it fir
 in time is refused as soon as the JSON is read, before it is validated: a no must cost far less than an answer.
 """
 
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.types import Scope
 
 from service import strict_json
@@ -19,10 +20,13 @@ from service.schemas import DEFAULT_DEADLINE_MS, DeadlineMs, UserRequest
 from service.security import Caller
 from service.state import state_of
 
+Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+T = TypeVar("T")
+
 _DEADLINE_MS: TypeAdapter[int] = TypeAdapter(DeadlineMs)
 
-
 _CALLER = "sidrec_caller"
+_DEADLINE_HEADER = "x-deadline-ms"
 
 
 def caller_of(request: Request) -> Caller:
@@ -47,23 +51,65 @@ class StrictRoute(APIRoute):
         super().__init__(*args, **options)
         self.openapi_extra = (self.openapi_extra or {}) | {"security": [{"ApiKey": []}]}
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, behind the checks."""
-        answer = super().get_route_handler()
-        body_type = None if self.body_field is None else self.body_field.field_info.annotation
-        asks_engine = isinstance(body_type, type) and issubclass(body_type, UserRequest)
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind the checks."""
+        answer, has_body = self.get_answer(), self.body_field is not None
 
         async def checked(request: Request) -> Response:
             await _identify(request)
             _check_address(request.scope)
-            if body_type is not None:
+            if has_body:
                 request = _StrictRequest(request.scope, request.receive)
-                value = await request.json()  # here, because FastAPI would hide the reason of a failure
-                if asks_engine and (deadline_ms := _deadline_ms(value, request)) is not None:
-                    state_of(request).deployments.refuse_late(deadline_ms / 1000)
+                await request.json()  # here, because FastAPI would hide the reason of a failure
             return await answer(request)
 
         return checked
+
+    def get_answer(self) -> Handler:
+        """What comes behind the checks: FastAPI's own handler."""
+        return super().get_route_handler()
+
+
+class EngineRoute(StrictRoute):
+    """A route that asks the engine: `endpoint(body, request, deadline)`, whose body is a `UserRequest`.
+
+    What FastAPI does with an endpoint's signature and its answer is done here for just that signature: in general, it
+    takes 120 µs of the event loop, a tenth of what an answer costs.
+    """
+
+    def get_answer(self) -> Handler:
+        """Refuse what would be late; validate, ask, and write the answer."""
+        body_type: TypeAdapter[UserRequest] = TypeAdapter(self.body_field.field_info.annotation)  # type: ignore[arg-type, union-attr]
+
+        async def answer(request: Request) -> Response:
+            value = await request.json()
+            if (deadline_ms := _deadline_ms(value, request)) is not None:
+                state_of(request).deployments.refuse_late(deadline_ms / 1000)
+            errors: list[Any] = []
+            header, deadline = request.headers.get(_DEADLINE_HEADER), None
+            if header is not None:
+                deadline = _validated(_DEADLINE_MS, header, ("header", _DEADLINE_HEADER), errors)
+            body = _validated(body_type, value, ("body",), errors)
+            if errors:
+                raise RequestValidationError(errors, body=value)
+            answered: BaseModel | Response = await self.endpoint(body, request, deadline)
+            if isinstance(answered, Response):
+                return answered
+            return Response(answered.model_dump_json(), media_type="application/json")
+
+        return answer
+
+
+def _validated(kind: TypeAdapter[T], value: Any, place: Sequence[str], errors: list[Any]) -> T | None:  # noqa: ANN401 - any JSON
+    """What `value` means; None, and what is wrong with it in `errors`, where it means nothing."""
+    if value is None:
+        errors.append({"type": "missing", "loc": place, "msg": "Field required", "input": None})
+        return None
+    try:
+        return kind.validate_python(value, from_attributes=True)
+    except ValidationError as invalid:
+        errors += [one | {"loc": (*place, *one["loc"])} for one in invalid.errors(include_url=False)]
+        return None
 
 
 class _StrictRequest(Request):
@@ -83,7 +129,7 @@ def _deadline_ms(body: Any, request: Request) -> int | None:  # noqa: ANN401 - a
     """What a request to the engine leaves for its answer; None of one that needs none, or that is invalid anyway."""
     if not isinstance(body, dict) or not (body.get("user_id") or body.get("history")):
         return None
-    given = body.get("deadline_ms", request.headers.get("x-deadline-ms", DEFAULT_DEADLINE_MS))
+    given = body.get("deadline_ms", request.headers.get(_DEADLINE_HEADER, DEFAULT_DEADLINE_MS))
     try:
         return _DEADLINE_MS.validate_python(given)
     except ValidationError:

@@ -103,6 +103,7 @@ def create_app(
     )
     app.state.startup_error = None
     errors.install(app)
+    app.include_router(routes.engine)
     app.include_router(routes.api)
     app.include_router(routes.admin)
     app.include_router(item_routes.router)

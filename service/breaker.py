@@ -144,7 +144,7 @@ class GuardedHistories(Histories):
         num_told = self._last_known.num_told
         with self._guarded():
             state = await super().load(user_id)
-        self._last_known.put((self._namespace, user_id), Hidden(state.seen, state.excluded), num_told)
+        self._last_known.put((self._namespace, user_id), state.hidden_json, num_told)
         return state
 
     def last_known(self, user_id: str) -> Hidden:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b, sha1
 from math import isfinite
@@ -84,6 +84,8 @@ class UserState:
     """History events ever accepted, also those no longer stored: where the prompt's window stands."""
     seen: frozenset[str]
     excluded: frozenset[str]
+    hidden_json: str = field(default="", repr=False, compare=False)
+    """`[[seen], [excluded]]` as Redis wrote it, for who keeps it."""
 
 
 class _Effect(StrEnum):
@@ -161,13 +163,13 @@ _EVENT_IDS_KEY, _IMPORT_IDS_KEY = "4", "5"
 
 _LOAD = """
 -- KEYS  as above; ARGV  max_stored
--- Returns JSON: [[entry, ...], total, [seen], [excluded]], where an empty list may be {}.
-return cjson.encode({
+-- Returns two lines of JSON: [[entry, ...], total] and [[seen], [excluded]], where an empty list may be {}.
+local history = {
   redis.call('ZRANGE', KEYS[1], -tonumber(ARGV[1]), -1),
-  tonumber(redis.call('HGET', KEYS[6], 'history') or 0),
-  redis.call('SMEMBERS', KEYS[2]),
-  redis.call('SMEMBERS', KEYS[3])
-})
+  tonumber(redis.call('HGET', KEYS[6], 'history') or 0)
+}
+local hidden = {redis.call('SMEMBERS', KEYS[2]), redis.call('SMEMBERS', KEYS[3])}
+return cjson.encode(history) .. '\\n' .. cjson.encode(hidden)
 """
 _SINCE = """
 -- KEYS  history; ARGV  the earliest timestamp. Returns JSON as above: [entry, timestamp, entry, ...], or {} for none.
@@ -244,9 +246,11 @@ class Histories:
         """The user's state at one instant; an unknown user has an empty one."""
         call = _ScriptCall(self._keys(user_id), [str(self._max_stored)])
         (reply,) = await self._run(_LOAD, [call])
-        entries, total, seen, excluded = json.loads(reply)
+        history, _, hidden = reply.partition("\n")  # JSON has none within
+        entries, total = json.loads(history)
+        seen, excluded = json.loads(hidden)
         items = [entry.split(":", 2)[2] for entry in entries]  # as `_RECORD` writes them
-        return UserState(items, total, frozenset(seen), frozenset(excluded))
+        return UserState(items, total, frozenset(seen), frozenset(excluded), hidden)
 
     async def history(self, user_id: str) -> list[HistoryEntry]:
         """The user's history alone, oldest first."""

@@ -24,7 +24,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class _Kept:
-    text: bytes  # JSON: a thousand ids are 10 kB so, and 90 kB as a set of strings
+    text: str  # JSON: a thousand ids are 10 kB so, and 90 kB as a set of strings
     until: float
     num_told: int
 
@@ -42,13 +42,13 @@ class LastKnown:
         self.num_told = 0
         """How often `tell` was called: whoever reads a state notes it before, for `put`."""
 
-    def put(self, user: tuple[str, str], state: Hidden, num_told_before: int) -> None:
-        """What Redis said. Events acknowledged while it was asked may be missing in it, and stay."""
+    def put(self, user: tuple[str, str], text: str, num_told_before: int) -> None:
+        """What Redis said: `[[seen], [excluded]]` in JSON. Events acknowledged meanwhile may be missing, and stay."""
         kept = self._kept.get(user)
         if kept is not None and kept.num_told > num_told_before:
-            self._keep(user, _union(state, _parsed(kept)), kept.num_told)
+            self._keep(user, _written(_union(_read(text), _read(kept.text))), kept.num_told)
         else:
-            self._keep(user, state, 0)
+            self._keep(user, text, 0)
 
     def tell(self, user: tuple[str, str], events: Iterable[tuple[EventType, str]]) -> None:
         """Acknowledged events: their type and item."""
@@ -60,7 +60,8 @@ class LastKnown:
                 seen.add(item_id)
         if seen or excluded:
             self.num_told += 1
-            self._keep(user, _union(self.get(user), Hidden(frozenset(seen), frozenset(excluded))), self.num_told)
+            known = _union(self.get(user), Hidden(frozenset(seen), frozenset(excluded)))
+            self._keep(user, _written(known), self.num_told)
 
     def get(self, user: tuple[str, str]) -> Hidden:
         """What is known; nothing of a user that was not met for the time to live."""
@@ -70,22 +71,25 @@ class LastKnown:
         if self._clock() >= kept.until:
             del self._kept[user]
             return Hidden()
-        return _parsed(kept)
+        return _read(kept.text)
 
     def forget(self, user: tuple[str, str]) -> None:
         """The user is erased."""
         self._kept.pop(user, None)
 
-    def _keep(self, user: tuple[str, str], hidden: Hidden, num_told: int) -> None:
-        text = json.dumps([list(hidden.seen), list(hidden.excluded)]).encode()
+    def _keep(self, user: tuple[str, str], text: str, num_told: int) -> None:
         self._kept[user] = _Kept(text, self._clock() + self._ttl_s, num_told)
         self._kept.move_to_end(user)
         while len(self._kept) > self._max_users:
             self._kept.popitem(last=False)
 
 
-def _parsed(kept: _Kept) -> Hidden:
-    return Hidden(*map(frozenset, json.loads(kept.text)))
+def _read(text: str) -> Hidden:
+    return Hidden(*map(frozenset, json.loads(text)))
+
+
+def _written(hidden: Hidden) -> str:
+    return json.dumps([list(hidden.seen), list(hidden.excluded)])
 
 
 def _union(one: Hidden, other: Hidden) -> Hidden:

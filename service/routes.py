@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 import service.paths  # noqa: F401 - registers `any_text`
 from semantic_ids.bundle import BundleError
-from service.access import StrictRoute, caller_of
+from service.access import EngineRoute, StrictRoute, caller_of
 from service.deployments import Deployment
 from service.engine.base import EngineError
 from service.errors import BadRequestProblem, ConflictProblem, ProblemDocument, UnavailableProblem
@@ -70,6 +70,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
+engine = APIRouter(route_class=EngineRoute, tags=["recommendations"], responses=PROBLEMS)  # type: ignore[arg-type]
 api = APIRouter(route_class=StrictRoute, responses=PROBLEMS)  # type: ignore[arg-type]
 operations = APIRouter(tags=["operations"])
 
@@ -90,12 +91,7 @@ admin = APIRouter(
 DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
 
 
-@api.post(
-    "/recommend",
-    tags=["recommendations"],
-    response_model=RecommendResponse,
-    responses=_STREAMED,
-)
+@engine.post("/recommend", response_model=RecommendResponse, responses=_STREAMED)
 async def recommend(
     body: RecommendRequest, request: Request, deadline: DeadlineHeader = None
 ) -> RecommendResponse | EventStream:
@@ -116,12 +112,7 @@ async def recommend_by_query(
     return await _answered(request, _Question(Recommender.recommend, body, caller_of(request).tenant), None)
 
 
-@api.post(
-    "/rerank",
-    tags=["recommendations"],
-    response_model=RerankResponse,
-    responses=_STREAMED,
-)
+@engine.post("/rerank", response_model=RerankResponse, responses=_STREAMED)
 async def rerank(
     body: RerankRequest, request: Request, deadline: DeadlineHeader = None
 ) -> RerankResponse | EventStream:

@@ -73,6 +73,9 @@ class UserContexts:
 
     def prompt(self, context: UserContext, *, thinking: bool) -> np.ndarray:
         """The token ids of the prompt that asks for a SID, or with `thinking` for a thought before it."""
-        codes, titles = self._catalog.codes[context.history], self._catalog.titles.take(context.history)
-        items = [HistoryItem(*item) for item in zip(codes, titles, strict=True)]
+        codes = self._catalog.codes[context.history]
+        if self._renderer.shows_titles:
+            items = list(map(HistoryItem, codes, self._catalog.titles.take(context.history)))
+        else:
+            items = list(map(HistoryItem, codes))
         return self._renderer.render(items, thinking=thinking).token_ids
