@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -94,12 +95,23 @@ class ItemFilter:
 
     def contains(self, ranks: Ranks) -> npt.NDArray[np.bool_]:
         """Whether each rank is eligible, (M,) → (M,)."""
-        return self.count(ranks, ranks + 1) > 0
+        if self.allow is not None:
+            return _stand_in(self.allow, ranks)
+        eligible = np.ones(len(ranks), np.bool_) if self.bitmap is None else self.bitmap.member[ranks]
+        return eligible & ~_stand_in(self.deny, ranks) if len(self.deny) else eligible
 
     @cached_property
     def num_eligible(self) -> int:
         """How many items the filter leaves."""
         return int(self.count(np.array([0]), np.array([self.num_items]))[0])
+
+
+def _stand_in(members: Ranks, ranks: Ranks) -> npt.NDArray[np.bool_]:
+    """Whether each rank is one of the sorted `members`, (M,) → (M,)."""
+    if not len(members):
+        return np.zeros(len(ranks), np.bool_)
+    found: npt.NDArray[np.bool_] = members.take(members.searchsorted(ranks), mode="clip") == ranks
+    return found
 
 
 class FilterCompiler:
@@ -111,9 +123,9 @@ class FilterCompiler:
         self._bitmaps: OrderedDict[tuple[frozenset[str], frozenset[str]], RankBitmap] = OrderedDict()
 
     def compile(self, spec: FilterSpec, deny: Iterable[str] = ()) -> ItemFilter:
-        """The filter of one request; `deny` are further ids to leave out (seen, disliked)."""
+        """The filter of one request; `deny` are further ids to leave out (seen, disliked), in any order, repeated."""
         allow = self.catalog.ranks_of(spec.include_items)[0] if spec.include_items else None
-        denied, _ = self.catalog.ranks_of({*spec.exclude_items, *deny})
+        denied, _ = self.catalog.ranks_of(chain(spec.exclude_items, deny))
         return ItemFilter.of(len(self.catalog), bitmap=self._bitmap(spec), allow=allow, deny=denied)
 
     def _bitmap(self, spec: FilterSpec) -> RankBitmap | None:

@@ -186,7 +186,7 @@ class CompactPrompt:
     def _token_ids(self, items: Sequence[HistoryItem]) -> TokenIds:
         if not items:
             return np.array([self.bos_token_id], np.int64)
-        codes = np.stack([item.codes for item in items])
+        codes = np.array([item.codes for item in items])  # (H, L)
         return np.concatenate(([self.bos_token_id], self._vocabulary.token_ids(codes).ravel()))
 
 
