@@ -5,6 +5,7 @@ in time is refused as soon as the JSON is read, before it is validated: a no mus
 """
 
 from collections.abc import Callable, Coroutine, Sequence
+from inspect import signature
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -27,6 +28,7 @@ _DEADLINE_MS: TypeAdapter[int] = TypeAdapter(DeadlineMs)
 
 _CALLER = "sidrec_caller"
 _DEADLINE_HEADER = "x-deadline-ms"
+_ENGINE_ENDPOINT = ("body", "request", "deadline")
 
 
 def caller_of(request: Request) -> Caller:
@@ -78,7 +80,14 @@ class EngineRoute(StrictRoute):
     """
 
     def get_answer(self) -> Handler:
-        """Refuse what would be late; validate, ask, and write the answer."""
+        """Refuse what would be late; validate, ask, and write the answer.
+
+        `TypeError` for an endpoint of another form, and where there are dependencies: nobody would resolve them.
+        """
+        if (form := tuple(signature(self.endpoint).parameters)) != _ENGINE_ENDPOINT or self.dependencies:
+            raise TypeError(
+                f"{self.path}: takes {form} and {len(self.dependencies)} dependencies, {_ENGINE_ENDPOINT} is all"
+            )
         body_type: TypeAdapter[UserRequest] = TypeAdapter(self.body_field.field_info.annotation)  # type: ignore[arg-type, union-attr]
 
         async def answer(request: Request) -> Response:
