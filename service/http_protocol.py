@@ -1,9 +1,12 @@
 """uvicorn's HTTP/1.1 on httptools, with bounds: alone it collects a request's head for as long as the head goes on.
 
-What is no HTTP is answered with a problem document too, where nothing else is being answered on the connection.
+What is no HTTP is answered with a problem document too, where nothing else is being answered on the connection. And the
+head of a response leaves with the beginning of its body, in one packet: uvicorn writes them one after the other, each
+of which wakes the client.
 """
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -14,6 +17,7 @@ from service.request_limits import MAX_HEAD_BYTES
 
 _HEAD_TIMEOUT_S = 10.0
 """From the first byte of a head, or from the connection, to the head's end."""
+_CONTINUE = b"HTTP/1.1 100 "
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -43,6 +47,8 @@ class BoundedHttp(HttpToolsProtocol):
         """A head ends; its exact size is the middleware's to judge."""
         self._have_head()
         super().on_headers_complete()
+        response = _HeadWithBody(self.transport, self.cycle.on_response)
+        self.cycle.transport, self.cycle.on_response = response, response.end  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         """Refuse a head once more of it has come than a head may have."""
@@ -91,6 +97,46 @@ class BoundedHttp(HttpToolsProtocol):
                 return
         self.transport.write(_problem(status, kind, detail))
         self.transport.close()
+
+
+class _HeadWithBody:
+    """What one response is written to: its head is kept until the first bytes of its body come, or it ends without."""
+
+    def __init__(self, transport: asyncio.Transport, on_response: Callable[[], None]) -> None:
+        self._transport = transport
+        self._on_response = on_response
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """The head first, once the client has been told to go on if it waits for that."""
+        if self._head is None and not data.startswith(_CONTINUE):
+            self._head = data
+        else:
+            self._transport.write(self._with_head(data))
+
+    def is_closing(self) -> bool:
+        """Whether the connection is."""
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._flush()
+        self._transport.close()
+
+    def end(self) -> None:
+        """The response is whole."""
+        self._flush()
+        self._on_response()
+
+    def _flush(self) -> None:
+        if head := self._with_head(b""):
+            self._transport.write(head)
+
+    def _with_head(self, data: bytes) -> bytes:
+        if not self._head:
+            return data
+        head, self._head = self._head, b""
+        return head + data
 
 
 def _problem(status: int, kind: str, detail: str) -> bytes:
