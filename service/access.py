@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 _DEADLINE_MS: TypeAdapter[int] = TypeAdapter(DeadlineMs)
 
+DEADLINE_HEADER = "x-deadline-ms"
 _CALLER = "sidrec_caller"
-_DEADLINE_HEADER = "x-deadline-ms"
 _ENGINE_ENDPOINT = ("body", "request", "deadline")
 
 
@@ -86,7 +86,8 @@ class EngineRoute(StrictRoute):
         """
         if (form := tuple(signature(self.endpoint).parameters)) != _ENGINE_ENDPOINT or self.dependencies:
             raise TypeError(
-                f"{self.path}: takes {form} and {len(self.dependencies)} dependencies, {_ENGINE_ENDPOINT} is all"
+                f"{self.path}: an EngineRoute's endpoint takes {_ENGINE_ENDPOINT} and no dependencies, "
+                f"not {form} and {len(self.dependencies)}: make it a StrictRoute, which FastAPI serves"
             )
         body_type: TypeAdapter[UserRequest] = TypeAdapter(self.body_field.field_info.annotation)  # type: ignore[arg-type, union-attr]
 
@@ -95,9 +96,9 @@ class EngineRoute(StrictRoute):
             if (deadline_ms := _deadline_ms(value, request)) is not None:
                 state_of(request).deployments.refuse_late(deadline_ms / 1000)
             errors: list[Any] = []
-            header, deadline = request.headers.get(_DEADLINE_HEADER), None
+            header, deadline = request.headers.get(DEADLINE_HEADER), None
             if header is not None:
-                deadline = _validated(_DEADLINE_MS, header, ("header", _DEADLINE_HEADER), errors)
+                deadline = _validated(_DEADLINE_MS, header, ("header", DEADLINE_HEADER), errors)
             body = _validated(body_type, value, ("body",), errors)
             if errors:
                 raise RequestValidationError(errors, body=value)
@@ -138,7 +139,7 @@ def _deadline_ms(body: Any, request: Request) -> int | None:  # noqa: ANN401 - a
     """What a request to the engine leaves for its answer; None of one that needs none, or that is invalid anyway."""
     if not isinstance(body, dict) or not (body.get("user_id") or body.get("history")):
         return None
-    given = body.get("deadline_ms", request.headers.get(_DEADLINE_HEADER, DEFAULT_DEADLINE_MS))
+    given = body.get("deadline_ms", request.headers.get(DEADLINE_HEADER, DEFAULT_DEADLINE_MS))
     try:
         return _DEADLINE_MS.validate_python(given)
     except ValidationError:

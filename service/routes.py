@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 import service.paths  # noqa: F401 - registers `any_text`
 from semantic_ids.bundle import BundleError
-from service.access import EngineRoute, StrictRoute, caller_of
+from service.access import DEADLINE_HEADER, EngineRoute, StrictRoute, caller_of
 from service.deployments import Deployment
 from service.engine.base import EngineError
 from service.errors import BadRequestProblem, ConflictProblem, ProblemDocument, UnavailableProblem
@@ -88,7 +88,7 @@ admin = APIRouter(
     responses=PROBLEMS | dict.fromkeys((403, 409), _PROBLEM),  # type: ignore[arg-type]
 )
 
-DeadlineHeader = Annotated[DeadlineMs | None, Header(alias="x-deadline-ms")]
+DeadlineHeader = Annotated[DeadlineMs | None, Header(alias=DEADLINE_HEADER)]
 
 
 @engine.post("/recommend", response_model=RecommendResponse, responses=_STREAMED)
@@ -347,6 +347,6 @@ def _with_deadline(body: R, deadline_ms: int | None) -> R:
         return body
     if "deadline_ms" in body.model_fields_set:
         raise BadRequestProblem(
-            f"deadline_ms is {body.deadline_ms} in the body and {deadline_ms} in x-deadline-ms: send one of them"
+            f"deadline_ms is {body.deadline_ms} in the body and {deadline_ms} in {DEADLINE_HEADER}: send one of them"
         )
     return body.model_copy(update={"deadline_ms": deadline_ms})
