@@ -80,13 +80,18 @@ class Admission:
                 kind="overloaded",
             )
 
-    async def watch(self, turns: Turns) -> None:
-        """Keep the limit to what the event loop can bear; runs as long as the application."""
+    async def watch(self, turns: Turns, when_idle: Callable[[], None] = lambda: None) -> None:
+        """Keep the limit to what the event loop can bear; runs as long as the application.
+
+        `when_idle` is called at each beat at which no request is being answered: for what none should wait for.
+        """
         while True:
             due = time.perf_counter() + _BEAT_S
             await asyncio.sleep(_BEAT_S)
             await turns.take(due)  # behind everybody
             self.adapt(time.perf_counter() - due)
+            if self._in_flight == 0:
+                when_idle()
 
     def adapt(self, lag_s: float) -> None:
         """The event loop was so late."""

@@ -24,7 +24,7 @@ from service.item_store import ItemStore, ItemStoreError
 from service.items import Items
 from service.last_known import LastKnown
 from service.live_catalog import LiveCatalog
-from service.memory import keep_giving_back
+from service.memory import collect_new, collections_told, keep_giving_back
 from service.merged_catalogs import MergedCatalogs
 from service.metrics import Metrics
 from service.middleware import Instrumented
@@ -194,7 +194,8 @@ async def _start(settings: Settings, metrics: Metrics, engine_factory: EngineFac
     _run_in_background(deployments.follow(settings.follow_bundles_s), "follow-bundles", stack)
     _run_in_background(deployments.follow_wanted(settings.follow_experiments_s), "follow-wanted-bundles", stack)
     admission = Admission(settings.max_in_flight, metrics)
-    _run_in_background(admission.watch(turns), "admission", stack)
+    stack.enter_context(collections_told(metrics.gc_pauses.add))
+    _run_in_background(admission.watch(turns, when_idle=collect_new), "admission", stack)
     _run_in_background(keep_giving_back(), "memory", stack)
     return State(
         deployments=deployments,

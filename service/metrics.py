@@ -1,9 +1,11 @@
 """Every Prometheus metric of the service, by name and meaning; no other module creates one."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
 
 from service.engine.base import ThoughtEnd
 from service.foreign_metrics import ForeignFamilies
@@ -11,6 +13,26 @@ from service.foreign_metrics import ForeignFamilies
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Pauses(Collector):
+    """How often and how long something stood still, in plain numbers: no lock, so it may be told of anywhere.
+
+    Python looks for cycles in the midst of anything, even while a metric's lock is held, which is taken only once.
+    """
+
+    def __init__(self, name: str, documentation: str) -> None:
+        self._name, self._documentation = name, documentation
+        self._count, self._seconds = 0, 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more, of so long."""
+        self._count += 1
+        self._seconds += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """The registry's."""
+        yield SummaryMetricFamily(self._name, self._documentation, count_value=self._count, sum_value=self._seconds)
 
 
 class Metrics:
@@ -40,6 +62,10 @@ class Metrics:
             buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
         )
+        self.gc_pauses = Pauses(
+            "sidrec_gc_pause_seconds", "Collections of garbage in this process, all of which stood still meanwhile."
+        )
+        self.registry.register(self.gc_pauses)
         self.shed = Counter(
             "sidrec_shed", "Requests turned away with 503, by reason.", ("reason",), registry=self.registry
         )
