@@ -110,7 +110,7 @@ class TreeDecoder:
         *,
         fed_back: Sequence[int] = (),
     ) -> None:
-        """`fed_back` as the prompts have it; a prompt itself has no such token."""
+        """`fed_back` as the prompts have it; a prompt itself has no such token. The model stays where it is."""
         size = model.config.get_text_config().vocab_size
         if size != vocabulary.vocab_size:
             raise SidError(f"the model's vocabulary of {size} is not the SID vocabulary's {vocabulary.vocab_size}")
@@ -118,6 +118,7 @@ class TreeDecoder:
         if attention != "sdpa":  # another one reads the tree mask differently, and answers wrongly without a word
             raise ValueError(f"the tree mask needs attention implementation 'sdpa', and this model has {attention!r}")
         self.model = model.train(False)
+        self._device: torch.device = model.device  # here: transformers looks for it anew each time
         self._vocabulary = vocabulary
         self._pad_token_id = pad_token_id
         self._fed_back = torch.tensor(fed_back, device=self.device)
@@ -147,8 +148,7 @@ class TreeDecoder:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        device: torch.device = self.model.device
-        return device
+        return self._device
 
     @property
     def max_positions(self) -> int | None:

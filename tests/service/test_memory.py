@@ -78,7 +78,7 @@ def test_what_has_survived_some_looks_is_looked_at_again(no_collections):
     ring = None  # it has survived a look, and stands in a cycle from now on
     one_look()
     assert gone() is not None
-    for _ in range(10):
+    for _ in range(50):
         one_look()
     assert gone() is None
 
