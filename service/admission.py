@@ -36,6 +36,8 @@ _LEAST_SLOPE = 0.25
 
 _MOST_LAG_S, _BEAT_S = 0.005, 0.01
 """Of the event loop, the wait for a turn included: with 20 ms more were refused at 80 % of what can be answered."""
+_IDLE_S = 0.2
+"""Without a request, and the service is idle."""
 _LEAST_LIMIT, _CUT, _RAISE = 64, 0.7, 2
 """Requests that are let in however slow the loop is; the limit falls by a factor and rises by a number each beat."""
 
@@ -53,6 +55,7 @@ class Admission:
         self._metrics = metrics
         self._in_flight = 0
         self._mean_s = 0.0
+        self._last_answer_at = -math.inf
         metrics.in_flight_limit.set(max_in_flight)
 
     @contextmanager
@@ -67,7 +70,8 @@ class Admission:
         finally:
             self._in_flight -= 1
             self._metrics.in_flight.dec()
-            self._mean_s += _SMOOTHING * (time.perf_counter() - start - self._mean_s)
+            self._last_answer_at = time.perf_counter()
+            self._mean_s += _SMOOTHING * (self._last_answer_at - start - self._mean_s)
 
     def check(self) -> None:
         """`UnavailableProblem` when there is no place."""
@@ -83,14 +87,15 @@ class Admission:
     async def watch(self, turns: Turns, when_idle: Callable[[], None] = lambda: None) -> None:
         """Keep the limit to what the event loop can bear; runs as long as the application.
 
-        `when_idle` is called at each beat at which no request is being answered: for what none should wait for.
+        `when_idle` is called at each beat before which no request was being answered for a while: for what none should
+        wait for. A moment without any is not enough: under load the next one comes at once, and others behind it.
         """
         while True:
             due = time.perf_counter() + _BEAT_S
             await asyncio.sleep(_BEAT_S)
             await turns.take(due)  # behind everybody
             self.adapt(time.perf_counter() - due)
-            if self._in_flight == 0:
+            if self._in_flight == 0 and time.perf_counter() - self._last_answer_at >= _IDLE_S:
                 when_idle()
 
     def adapt(self, lag_s: float) -> None:

@@ -17,8 +17,7 @@ _THRESHOLDS = (100_000, 50, 20)
 """When Python looks for cycles by itself: after so many new objects, so many times that, and so on. What requests under
 way hold is new, some 170 objects each. So with 10,000 it looked whenever sixty came together, in up to 23 ms for which
 all of them waited, and found nothing; with Python's own 700, 10 and 10 it took a tenth of the time under load."""
-_WORTH_A_LOOK = 100
-"""New objects that `collect_new` looks at: half a millisecond for a thousand. Rarer looks take longer each."""
+_WORTH_A_LOOK = 100  # new objects
 
 
 def settle() -> None:
@@ -32,7 +31,10 @@ def settle() -> None:
 
 
 def collect_new() -> None:
-    """Free what stands in cycles among the new objects, where there are some: for moments when no request waits."""
+    """Free what stands in cycles among the new objects, where there are some: for a service that is idle.
+
+    It takes half a millisecond for a thousand objects. New are also all answers that were kept since the last time.
+    """
     new, young, _ = gc.get_count()
     if new >= _WORTH_A_LOOK:
         gc.collect(1 if young >= _THRESHOLDS[1] else 0)

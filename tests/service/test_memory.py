@@ -95,16 +95,16 @@ def test_collections_are_told_with_their_length_until_nobody_listens(no_collecti
     assert 0 < seconds < 60
 
 
-async def test_the_service_looks_for_cycles_when_no_request_is_being_answered(
-    bundles: Path, tmp_path: Path, no_collections
-):
+async def test_the_service_looks_for_cycles_when_it_is_idle(bundles: Path, tmp_path: Path, no_collections):
     async with running(Settings(bundles=bundles, data_dir=tmp_path / "redis")) as service:
         rings = [_Ring() for _ in range(2_000)]
         gone = weakref.ref(rings[0])
         with service.state.admission.slot():  # as a request that takes long
             rings.clear()
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.4)
             assert gone() is not None
+        await asyncio.sleep(0.05)  # a moment without any
+        assert gone() is not None
         await until(lambda: gone() is None)
         count = service.state.metrics.registry.get_sample_value("sidrec_gc_pause_seconds_count")
         assert count is not None
