@@ -55,4 +55,6 @@ def test_every_norm_is_replaced_and_neither_names_nor_outputs_change(config):
     replaced = dict(model.named_parameters())
     assert replaced.keys() == parameters.keys()
     assert all(replaced[name] is parameter for name, parameter in parameters.items())
-    torch.testing.assert_close(model(token_ids).logits, expected)
+    # Rounded in another order; where a logit is a difference of large numbers, only their size says what is near.
+    nearest = 1e-5 * float(expected.detach().abs().max())
+    torch.testing.assert_close(model(token_ids).logits, expected, rtol=0, atol=nearest)
