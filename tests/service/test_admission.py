@@ -8,6 +8,7 @@ import pytest
 
 from semantic_ids.bundle import Bundle
 from service.admission import Admission, EngineLine, Place
+from service.background import ended
 from service.engine.base import DecodeRequest, DecodeResult, ThoughtListener
 from service.errors import UnavailableProblem
 from service.metrics import Metrics
@@ -125,6 +126,32 @@ async def test_a_crowd_that_waits_for_its_turn_counts_as_lag():
     limit = metrics.registry.get_sample_value("sidrec_http_in_flight_limit")
     assert limit is not None
     assert limit < 256
+
+
+async def test_idle_is_a_service_that_has_answered_nobody_for_a_while(monkeypatch):
+    metrics, calls = Metrics(), list[None]()
+    admission = Admission(256, metrics)
+
+    def num_beats() -> float:
+        return metrics.registry.get_sample_value("sidrec_event_loop_lag_seconds_count") or 0
+
+    async def more_beats() -> None:
+        enough = num_beats() + 3
+        await until(lambda: num_beats() >= enough)
+
+    with admission.slot():
+        pass
+    monkeypatch.setattr("service.admission._IDLE_S", 3_600)
+    watch = asyncio.create_task(admission.watch(Turns(), when_idle=lambda: calls.append(None)))
+    await more_beats()
+    assert len(calls) == 0  # it has just answered
+    monkeypatch.setattr("service.admission._IDLE_S", 0)
+    await until(lambda: len(calls) > 0)
+    with admission.slot():
+        before = len(calls)
+        await more_beats()
+        assert len(calls) == before
+    await ended(watch)
 
 
 class Clock:
