@@ -47,7 +47,7 @@ def test_every_norm_is_replaced_and_neither_names_nor_outputs_change(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(**SIZES)).train(False)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.5)  # with 1, layers make so much of a rounding that processors differ
     parameters, token_ids = dict(model.named_parameters()), torch.arange(11)[None]
     expected = model(token_ids).logits
     replace_norms(model)
@@ -55,6 +55,4 @@ def test_every_norm_is_replaced_and_neither_names_nor_outputs_change(config):
     replaced = dict(model.named_parameters())
     assert replaced.keys() == parameters.keys()
     assert all(replaced[name] is parameter for name, parameter in parameters.items())
-    # Rounded in another order; where a logit is a difference of large numbers, only their size says what is near.
-    nearest = 1e-5 * float(expected.detach().abs().max())
-    torch.testing.assert_close(model(token_ids).logits, expected, rtol=0, atol=nearest)
+    torch.testing.assert_close(model(token_ids).logits, expected)
