@@ -159,13 +159,16 @@ class SidVocabulary:
 
     def token_ids(self, codes: npt.NDArray[np.integer]) -> TokenIds:
         """Token ids of whole SIDs, (..., L) → (..., L)."""
-        levels = np.arange(self.space.num_levels, dtype=np.int64) * self.space.codebook_size
-        return self.first_token_id + levels + codes.astype(np.int64)
+        return self._first_of_level + codes.astype(np.int64)
 
     def codes(self, token_ids: npt.NDArray[np.integer]) -> Codes:
         """Codes of whole SIDs, (..., L) → (..., L); a token of another level or none raises `SidError`."""
-        levels = np.arange(self.space.num_levels, dtype=np.int64) * self.space.codebook_size
-        return self.space.check(token_ids.astype(np.int64) - self.first_token_id - levels)
+        return self.space.check(token_ids.astype(np.int64) - self._first_of_level)
+
+    @cached_property
+    def _first_of_level(self) -> TokenIds:
+        """The token id of each level's code 0, (L,)."""
+        return self.first_token_id + np.arange(self.space.num_levels, dtype=np.int64) * self.space.codebook_size
 
 
 def _written(level: int, code: int | str) -> str:

@@ -21,12 +21,13 @@ continuous form: the same tokens, and the input of each is its row plus what the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from semantic_ids.catalog import Catalog
 from semantic_ids.codes import Codes, SidVocabulary, TokenIds
 
 COMPACT_VERSION = 1
@@ -61,12 +62,27 @@ class PromptSpec(BaseModel):
     """Thinking steps before each code of the SID that is asked for, of stepwise prompts alone."""
 
 
-class HistoryItem(NamedTuple):
-    """One known item of a history, as a prompt shows it."""
+@dataclass(frozen=True)
+class History:
+    """Known items as a prompt shows them, oldest first."""
 
-    codes: Codes  # (L,)
-    title: str = ""
-    """Read by prompts that show titles alone."""
+    codes: Codes  # (H, L)
+    titles: Sequence[str] = ()
+    """(H,), or none: read by prompts that show titles alone."""
+
+    @classmethod
+    def of(
+        cls, catalog: Catalog, ranks: npt.NDArray[np.integer] | Sequence[int], *, shows_titles: bool = True
+    ) -> "History":
+        """The items at `ranks`, (H,); none for `[]`. Their titles need not be read unless a prompt shows them."""
+        places = np.asarray(ranks, np.int64)
+        return cls(catalog.codes[places], catalog.titles.take(places) if shows_titles else ())
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, places: slice) -> "History":
+        return History(self.codes[places], self.titles[places])
 
 
 @dataclass(frozen=True)
@@ -134,14 +150,14 @@ class PromptRenderer(Protocol):
         """Token ids whose input is their row plus the model's output at the token before them (`TreeDecoder`)."""
         ...
 
-    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
+    def render(self, history: History, *, thinking: bool = False) -> Prompt:
         """The prompt after which the model writes the next item's SID, or with `thinking` its thought.
 
         After a thought come `thinking.close` and the SID. `PromptError` where this version cannot think.
         """
         ...
 
-    def training_row(self, items: Sequence[HistoryItem]) -> TrainingRow:
+    def training_row(self, items: History) -> TrainingRow:
         """At most `max_history` items and one more, with a loss on every SID; `render` asks for each at serving."""
         ...
 
@@ -164,7 +180,7 @@ class CompactPrompt:
         self.spec = spec
         self._vocabulary = vocabulary
 
-    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
+    def render(self, history: History, *, thinking: bool = False) -> Prompt:
         """`<bos>` and the history's SIDs; there is no volatile part."""
         if thinking:
             raise _cannot_think(self.version)
@@ -172,7 +188,7 @@ class CompactPrompt:
         token_ids = self._token_ids(history)
         return Prompt(token_ids, len(token_ids))
 
-    def training_row(self, items: Sequence[HistoryItem]) -> TrainingRow:
+    def training_row(self, items: History) -> TrainingRow:
         """Every SID token is a target, the first item's too."""
         num_levels = self._vocabulary.space.num_levels
         levels = np.tile(np.arange(num_levels, dtype=np.int8), len(items))
@@ -183,11 +199,8 @@ class CompactPrompt:
         """`PromptError`: this version has no thoughts."""
         raise _cannot_think(self.version)
 
-    def _token_ids(self, items: Sequence[HistoryItem]) -> TokenIds:
-        if not items:
-            return np.array([self.bos_token_id], np.int64)
-        codes = np.array([item.codes for item in items])  # (H, L)
-        return np.concatenate(([self.bos_token_id], self._vocabulary.token_ids(codes).ravel()))
+    def _token_ids(self, items: History) -> TokenIds:
+        return np.concatenate(([self.bos_token_id], self._vocabulary.token_ids(items.codes).ravel()))
 
 
 class StepwisePrompt(CompactPrompt):
@@ -247,18 +260,18 @@ class ChatPrompt:
         self._question = self._encode(self._QUESTION)
         self._end = self._encode(self._END)
 
-    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
+    def render(self, history: History, *, thinking: bool = False) -> Prompt:
         """Instruction and history are stable; the question is volatile."""
         if thinking:
             raise _cannot_think(self.version)
         return self._prompt(history, self._question)
 
-    def training_row(self, items: Sequence[HistoryItem]) -> TrainingRow:
+    def training_row(self, items: History) -> TrainingRow:
         """All but the last item as history, the last one as the answer; a loss on every SID."""
         if not items:
             raise PromptError("a training row needs at least one item")
         stable, levels = self._stable(items[:-1])
-        answer = self._sid(items[-1])
+        answer: list[int] = self._vocabulary.token_ids(items.codes[-1]).tolist()
         token_ids = stable + self._question + answer + self._end
         levels = levels + [-1] * len(self._question) + list(range(len(answer))) + [-1] * len(self._end)
         return TrainingRow(np.array(token_ids, np.int64), np.array(levels, np.int8))
@@ -267,23 +280,24 @@ class ChatPrompt:
         """`PromptError`: this version has no thoughts."""
         raise _cannot_think(self.version)
 
-    def _prompt(self, history: Sequence[HistoryItem], volatile: list[int]) -> Prompt:
+    def _prompt(self, history: History, volatile: list[int]) -> Prompt:
         stable, _ = self._stable(history)
         return Prompt(np.array(stable + volatile, np.int64), len(stable))
 
-    def _stable(self, history: Sequence[HistoryItem]) -> tuple[list[int], list[int]]:
+    def _stable(self, history: History) -> tuple[list[int], list[int]]:
         _check_length(len(history), self.spec)
+        if len(history.titles) != len(history):
+            raise PromptError(
+                f"prompt version {self.version} shows titles, and the history has {len(history.titles)} of "
+                f"{len(history)}: make it with `History.of(…, shows_titles=True)`"
+            )
         token_ids = list(self._instruction)
         levels = [-1] * len(token_ids)
-        for item in history:
-            sid, title = self._sid(item), self._encode(f" {_plain(item.title)[: self._MAX_TITLE_CHARS]}\n")
-            token_ids += sid + title
-            levels += [*range(len(sid)), *[-1] * len(title)]
+        for sid, title in zip(self._vocabulary.token_ids(history.codes).tolist(), history.titles, strict=True):
+            line = self._encode(f" {_plain(title)[: self._MAX_TITLE_CHARS]}\n")
+            token_ids += sid + line
+            levels += [*range(len(sid)), *[-1] * len(line)]
         return token_ids, levels
-
-    def _sid(self, item: HistoryItem) -> list[int]:
-        token_ids: list[int] = self._vocabulary.token_ids(item.codes).tolist()
-        return token_ids
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -309,7 +323,7 @@ class ThinkingChatPrompt(ChatPrompt):
         self._question_to_think = self._question + list(self.thinking.open)
         self._question = self._question + self._encode(f"{opening}\n\n{closing}\n\n")
 
-    def render(self, history: Sequence[HistoryItem], *, thinking: bool = False) -> Prompt:
+    def render(self, history: History, *, thinking: bool = False) -> Prompt:
         """As version 2; the volatile part ends with an empty think block, or with `thinking` inside an open one."""
         return self._prompt(history, self._question_to_think if thinking else self._question)
 

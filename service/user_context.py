@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from semantic_ids.catalog import Catalog
-from semantic_ids.prompt import HistoryItem, PromptRenderer, window_start
+from semantic_ids.prompt import History, PromptRenderer, window_start
 from semantic_ids.trie import Ranks
 from service.histories import Histories, HistoryUnavailableError
 from service.metrics import Metrics
@@ -73,9 +73,5 @@ class UserContexts:
 
     def prompt(self, context: UserContext, *, thinking: bool) -> np.ndarray:
         """The token ids of the prompt that asks for a SID, or with `thinking` for a thought before it."""
-        codes = self._catalog.codes[context.history]
-        if self._renderer.shows_titles:
-            items = list(map(HistoryItem, codes, self._catalog.titles.take(context.history)))
-        else:
-            items = list(map(HistoryItem, codes))
-        return self._renderer.render(items, thinking=thinking).token_ids
+        history = History.of(self._catalog, context.history, shows_titles=self._renderer.shows_titles)
+        return self._renderer.render(history, thinking=thinking).token_ids

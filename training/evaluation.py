@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 from semantic_ids.catalog import Catalog
 from semantic_ids.decoding.beam import ScoredItems, constrained_beam
 from semantic_ids.filters import ItemFilter
-from semantic_ids.prompt import window_start
+from semantic_ids.prompt import History, window_start
 from training.collaborative import (
     COOCCURRENCE_FILE,
     POPULARITY_FILE,
@@ -36,7 +36,6 @@ from training.collaborative import (
     load_popularity,
     load_sasrec,
 )
-from training.examples import history_items
 from training.generator import TrainedModel
 from training.interactions import SplitName
 from training.metrics import (
@@ -345,7 +344,6 @@ class GenerativeRanker:
         self.decoder = trained.load_decoder()
         self.renderer = trained.renderer
         self.catalog = catalog
-        self._items = history_items(catalog)
 
     def rank_all(self, histories: Sequences, targets: npt.NDArray[np.int32], config: EvaluationConfig) -> RankedLists:
         """Beams for every user; batches hold histories of like length."""
@@ -396,7 +394,8 @@ class GenerativeRanker:
     def prompt(self, history: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """The prompt that serving would send for this history (catalogue ranks, oldest first)."""
         start = window_start(len(history), self.renderer.spec.max_history)
-        return self.renderer.render([self._items[rank] for rank in history[start:]]).token_ids
+        shown = History.of(self.catalog, history[start:], shows_titles=self.renderer.shows_titles)
+        return self.renderer.render(shown).token_ids
 
 
 def _place(ranks: npt.NDArray[np.int64], target: int, missing: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidVocabulary, TokenIds
-from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, HistoryItem, PromptRenderer, window_start
+from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, History, PromptRenderer, window_start
 from training.distillation import Continuations, TeacherLists
 from training.processes import Processes
 from training.sequences import Sequences
@@ -77,11 +77,10 @@ class Examples:
         self.catalog = catalog
         self.vocabulary = vocabulary
         self.renderer = renderer
-        self._items = history_items(catalog)
 
     def batch(self, windows: Sequences) -> Batch:
         """Every item of each window is a target."""
-        rows = [self.renderer.training_row([self._items[rank] for rank in window]) for window in windows]
+        rows = [self.renderer.training_row(self._history(window)) for window in windows]
         num_levels = self.vocabulary.space.num_levels
         places = [np.flatnonzero(row.levels >= 0).reshape(-1, num_levels) for row in rows]
         return self._with_steps(_batch([row.token_ids for row in rows], places, list(windows)))
@@ -90,11 +89,14 @@ class Examples:
         """Only the last item of each window is a target, after the very prompt that serving makes of the others."""
         token_ids, places = [], []
         for window in windows:
-            prompt = self.renderer.render([self._items[rank] for rank in window[:-1]]).token_ids
+            prompt = self.renderer.render(self._history(window[:-1])).token_ids
             target = self.vocabulary.token_ids(self.catalog.codes[window[-1]])
             token_ids.append(np.concatenate((prompt, target)))
             places.append(len(prompt) + np.arange(len(target))[None])
         return self._with_steps(_batch(token_ids, places, [window[-1:] for window in windows]))
+
+    def _history(self, ranks: npt.NDArray[np.int32]) -> History:
+        return History.of(self.catalog, ranks, shows_titles=self.renderer.shows_titles)
 
     def _with_steps(self, plain: Batch) -> Batch:
         """The same targets, each behind its thinking steps, where prompts have any."""
@@ -172,12 +174,6 @@ def _mine(windows: Sequences, processes: Processes) -> tuple[Sequences, bool]:
     """This process's share of a batch; where that is nothing, a window that is to count nothing, and True."""
     share = np.arange(len(windows))[processes.share(len(windows))]
     return windows.select(share if len(share) else np.array([0])), not len(share)
-
-
-def history_items(catalog: Catalog) -> list[HistoryItem]:
-    """Every item as prompts show it, by rank."""
-    columns = zip(np.asarray(catalog.codes), catalog.titles, strict=True)
-    return [HistoryItem(codes, title) for codes, title in columns]
 
 
 def prompt_windows(histories: Sequences, targets: npt.NDArray[np.int32], max_history: int) -> Sequences:

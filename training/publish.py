@@ -11,7 +11,7 @@ from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
 from semantic_ids.neighbours import Neighbours
-from semantic_ids.prompt import HistoryItem
+from semantic_ids.prompt import History
 from training.collaborative import ItemKnn
 from training.interactions import EVENT_TYPES, Dataset
 from training.stage import StageConfig, StageError, StageFolder, Summary, progress_bar, write_atomically
@@ -69,9 +69,8 @@ def try_out(bundle: Bundle) -> None:
     """Answer one request from the reloaded bundle; `BundleError` if the answer is not ten legal, unseen items."""
     decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary, fed_back=bundle.renderer.fed_back)
     history = bundle.catalog.by_popularity[: min(3, len(bundle.catalog) - 1)]
-    items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     unseen = ItemFilter.of(len(bundle.catalog), deny=history)
-    state = decoder.prefill([bundle.renderer.render(items).token_ids])
+    state = decoder.prefill([bundle.renderer.render(History.of(bundle.catalog, history)).token_ids])
     answer = constrained_beam(decoder, bundle.catalog.trie, state, [unseen], [10], forced=bundle.renderer.forced)[0]
     expected = min(10, unseen.num_eligible)
     if len(answer.ranks) < expected or np.isin(answer.ranks, history).any() or not np.isfinite(answer.scores).all():

@@ -16,6 +16,7 @@ from semantic_ids.bundle import Bundle
 from semantic_ids.codes import SidSpace, TokenIds
 from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.filters import ItemFilter
+from semantic_ids.prompt import History
 from semantic_ids.step_reader import StepReading
 from semantic_ids.trie import Ranks
 
@@ -207,7 +208,7 @@ def check_request(request: DecodeRequest, catalog_ids: Collection[str]) -> None:
 async def canary(decode: Callable[[DecodeRequest], Awaitable[DecodeResult]], bundle: Bundle) -> None:
     """Decode one request for the likeliest item; `EngineError` unless a finite score comes back."""
     catalog = bundle.catalog
-    prompt = bundle.renderer.render([]).token_ids
+    prompt = bundle.renderer.render(History.of(catalog, [])).token_ids
     program = sid_program(catalog.space, bundle.renderer.forced)
     answer = await decode(DecodeRequest(prompt, ItemFilter.of(len(catalog)), 1, program, bundle.catalog_id))
     if len(answer.ranks) == 0 or not np.isfinite(answer.scores).all():

@@ -18,9 +18,10 @@ from semantic_ids.codes import SidSpace
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
+from semantic_ids.prompt import History
 from tests.benchmarks.ablations import PROFILES, STEP_ROWS
 from tests.benchmarks.report import report
-from training.examples import Examples, Lesson, history_items
+from training.examples import Examples, Lesson
 from training.generator import build_model
 from training.learner import Learner, Teaching
 from training.pipeline import load_config
@@ -39,7 +40,7 @@ class Row:
         config = load_config("default", PROFILES["scientific-steps"] | settings).sft
         torch.manual_seed(0)
         model, vocabulary, self._renderer = build_model(config, catalog, Path())
-        self._catalog, self._items = catalog, history_items(catalog)
+        self._catalog = catalog
         self._examples = Examples(catalog, vocabulary, self._renderer)
         self._learner = Learner(config, model, self._examples, Teaching(codebooks=codebooks), 1_000, Processes.alone())
         self._model = model
@@ -54,7 +55,7 @@ class Row:
     def search(self, sequences: Sequences) -> None:
         """The best items after each sequence."""
         self._model.eval()
-        histories = ([self._items[item] for item in sequence] for sequence in sequences)
+        histories = (History.of(self._catalog, sequence, shows_titles=False) for sequence in sequences)
         state = self._decoder.prefill([self._renderer.render(history).token_ids for history in histories])
         filters = [ItemFilter.of(NUM_ITEMS)] * len(sequences)
         widths = [WIDTH] * len(sequences)

@@ -14,7 +14,7 @@ from semantic_ids.bundle import BundleParts
 from semantic_ids.catalog import Catalog
 from semantic_ids.codes import SidSpace, SidVocabulary
 from semantic_ids.neighbours import Neighbours
-from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, COMPACT_VERSION, HistoryItem, PromptSpec
+from semantic_ids.prompt import COMPACT_SPECIAL_TOKENS, COMPACT_VERSION, History, PromptSpec
 from semantic_ids.quantizer import DenseLayer, ResidualQuantizer
 from semantic_ids.text_encoder import TextEncoderIdentity
 
@@ -67,12 +67,10 @@ def random_catalog(space: SidSpace = SPACE, num_items: int = 40, seed: int = 0) 
     )
 
 
-def history_items(codes: Sequence[Sequence[int]], titles: Sequence[str] = ()) -> list[HistoryItem]:
-    """A history of these SIDs."""
-    return [
-        HistoryItem(np.array(sid, np.uint16), titles[place] if place < len(titles) else f"Title {place}")
-        for place, sid in enumerate(codes)
-    ]
+def history_of(sids: Sequence[Sequence[int]], titles: Sequence[str] | None = None) -> History:
+    """A history of these SIDs, each of `SPACE.num_levels` codes."""
+    codes = np.array(sids, np.uint16).reshape(-1, SPACE.num_levels)
+    return History(codes, [f"Title {place}" for place in range(len(sids))] if titles is None else titles)
 
 
 def eighths(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

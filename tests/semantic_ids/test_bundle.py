@@ -29,7 +29,7 @@ from semantic_ids.prompt import THINKING_VERSION, CompactPrompt, ThinkingChatPro
 from tests.semantic_ids.factories import (
     VOCAB_SIZE,
     bundle_parts,
-    history_items,
+    history_of,
     random_catalog,
     random_mlp_quantizer,
     random_quantizer,
@@ -115,7 +115,7 @@ def test_a_published_bundle_is_current_and_comes_back_whole(root: Path, parts: B
     history = np.arange(5)
     assert np.array_equal(loaded.neighbours.of_history(history), parts.neighbours.of_history(history))
     assert isinstance(loaded.renderer, CompactPrompt)
-    assert loaded.renderer.render(history_items([[0, 0, 0]])).token_ids.tolist() == [1, 16, 24, 32]
+    assert loaded.renderer.render(history_of([[0, 0, 0]])).token_ids.tolist() == [1, 16, 24, 32]
     assert (loaded.model_folder / "model.safetensors").read_bytes() == bytes(range(64))
 
 
@@ -126,7 +126,7 @@ def test_a_bundle_that_thinks_comes_back_with_its_tokenizer(root: Path, tmp_path
     renderer = Bundle.load_current(root).renderer
     assert isinstance(renderer, ThinkingChatPrompt)
     assert renderer.thinking == THINKING.thinking
-    history = history_items([[0, 1, 2]])
+    history = history_of([[0, 1, 2]])
     thought = renderer.render(history, thinking=True).token_ids.tolist()
     assert thought == THINKING.render(history, thinking=True).token_ids.tolist()
     assert renderer.thought_text(thought) == TINY_TOKENIZER.decode(thought, skip_special_tokens=False)

@@ -25,6 +25,7 @@ from semantic_ids.prompt import (
     ChatPrompt,
     CompactPrompt,
     ContinuousPrompt,
+    History,
     PromptError,
     PromptRenderer,
     PromptSpec,
@@ -33,7 +34,7 @@ from semantic_ids.prompt import (
     make_renderer,
     window_start,
 )
-from tests.semantic_ids.factories import history_items
+from tests.semantic_ids.factories import catalog_of, history_of
 
 SPACE = SidSpace(num_levels=3, codebook_size=8)
 MAX_HISTORY = 12
@@ -67,25 +68,25 @@ COMPACT = CompactPrompt(PromptSpec(version=COMPACT_VERSION, max_history=MAX_HIST
 RENDERERS: st.SearchStrategy[PromptRenderer] = st.sampled_from([COMPACT, CHAT, THINKING])
 
 
-def items(history: list[tuple[tuple[int, ...], str]]):
-    return history_items([sid for sid, _ in history], [title for _, title in history])
+def items(history: list[tuple[tuple[int, ...], str]]) -> History:
+    return history_of([sid for sid, _ in history], [title for _, title in history])
 
 
 def test_a_compact_prompt_is_bos_and_bare_sids():
     """Block at 16, K 8: code c of level l is 16 + 8·l + c."""
-    prompt = COMPACT.render(history_items([[1, 2, 3], [0, 0, 7]]))
+    prompt = COMPACT.render(history_of([[1, 2, 3], [0, 0, 7]]))
     assert prompt.token_ids.tolist() == [BOS, 17, 26, 35, 16, 24, 39]
     assert prompt.stable_length == 7
 
 
 def test_a_new_user_has_a_prompt_too():
-    assert COMPACT.render([]).token_ids.tolist() == [BOS]
-    chat = CHAT.render([])
+    assert COMPACT.render(history_of([])).token_ids.tolist() == [BOS]
+    chat = CHAT.render(history_of([]))
     assert 0 < chat.stable_length < len(chat.token_ids)
 
 
 def test_a_chat_prompt_reads_as_chatml():
-    prompt = CHAT.render(history_items([[1, 2, 3], [0, 0, 7]], ["Blue  Train\n", "Ōkami"]))
+    prompt = CHAT.render(history_of([[1, 2, 3], [0, 0, 7]], ["Blue  Train\n", "Ōkami"]))
     text = TOKENIZER.decode(prompt.token_ids.tolist(), skip_special_tokens=False)
     system, user, assistant = [part for part in text.split("<|im_start|>") if part]
     assert system.startswith("system\n")
@@ -113,8 +114,8 @@ def test_the_prompt_of_a_growing_history_grows_at_its_end_while_the_window_stays
     sids = [[place // 8, place % 8, 0] for place in range(total + 1)]
     renderer = data.draw(RENDERERS)
     start, later = window_start(total, MAX_HISTORY), window_start(total + 1, MAX_HISTORY)
-    before = renderer.render(history_items(sids[start:total]))
-    after = renderer.render(history_items(sids[later : total + 1]))
+    before = renderer.render(history_of(sids[start:total]))
+    after = renderer.render(history_of(sids[later : total + 1]))
     grows = after.token_ids[: before.stable_length].tolist() == before.token_ids[: before.stable_length].tolist()
     assert grows or later > start
 
@@ -143,7 +144,7 @@ def test_the_stable_part_of_consecutive_windows_is_reused_until_the_quarter_is_f
     for total in range(MAX_HISTORY, 39):
         start, later = window_start(total, MAX_HISTORY), window_start(total + 1, MAX_HISTORY)
         before, after = (
-            COMPACT.render(history_items(sids[begin:end])).token_ids.tolist()
+            COMPACT.render(history_of(sids[begin:end])).token_ids.tolist()
             for begin, end in ((start, total), (later, total + 1))
         )
         moved += after[: len(before)] != before
@@ -152,14 +153,14 @@ def test_the_stable_part_of_consecutive_windows_is_reused_until_the_quarter_is_f
 
 @given(st.lists(SID, max_size=MAX_HISTORY))
 def test_a_compact_training_row_is_the_serving_prompt_at_each_of_its_items(sids):
-    history = history_items(sids)
+    history = history_of(sids)
     row = COMPACT.training_row(history)
     assert row.token_ids.shape == row.levels.shape
     assert row.levels.tolist() == [-1] + [0, 1, 2] * len(history)
-    for place, item in enumerate(history):
+    for place, sid in enumerate(sids):
         first = 1 + 3 * place
         assert row.token_ids[:first].tolist() == COMPACT.render(history[:place]).token_ids.tolist()
-        assert COMPACT_VOCABULARY.codes(row.token_ids[first : first + 3]).tolist() == item.codes.tolist()
+        assert COMPACT_VOCABULARY.codes(row.token_ids[first : first + 3]).tolist() == list(sid)
 
 
 @given(
@@ -206,29 +207,45 @@ def test_a_raw_title_would_forge_tokens():
 @given(st.lists(FORGED_TITLE, min_size=1, max_size=3))
 def test_no_title_can_forge_a_sid_a_turn_or_a_line(titles: list[str]):
     sids = [[1, 2, 3]] * len(titles)
-    forged, plain = (
-        THINKING.render(history_items(sids, names)).token_ids for names in (titles, ["plain"] * len(titles))
-    )
+    forged, plain = (THINKING.render(history_of(sids, names)).token_ids for names in (titles, ["plain"] * len(titles)))
     for token_id in (NEW_LINE, *range(256, CHAT_VOCABULARY.vocab_size)):
         assert np.count_nonzero(forged == token_id) == np.count_nonzero(plain == token_id)
 
 
 def test_a_title_is_cut_after_eighty_characters():
-    long, longer = (CHAT.render(history_items([[1, 2, 3]], ["x" * length])) for length in (80, 5000))
+    long, longer = (CHAT.render(history_of([[1, 2, 3]], ["x" * length])) for length in (80, 5000))
     assert long.token_ids.tolist() == longer.token_ids.tolist()
 
 
 @pytest.mark.parametrize("renderer", [COMPACT, CHAT, THINKING])
 def test_a_history_beyond_the_window_is_refused_not_cut(renderer: PromptRenderer):
-    fits = history_items([[0, 0, 0]] * MAX_HISTORY)
-    assert renderer.render(fits)
+    assert renderer.render(history_of([[0, 0, 0]] * MAX_HISTORY))
     with pytest.raises(PromptError, match="at most 12 history items, not 13: cut it by window_start"):
-        renderer.render([*fits, fits[0]])
+        renderer.render(history_of([[0, 0, 0]] * (MAX_HISTORY + 1)))
+
+
+@pytest.mark.parametrize("renderer", [CHAT, THINKING])
+def test_a_history_without_titles_is_refused_where_they_are_shown(renderer: PromptRenderer):
+    untitled = history_of([[1, 2, 3], [0, 0, 7]], [])
+    assert len(COMPACT.render(untitled).token_ids) == 7
+    with pytest.raises(PromptError, match="shows titles, and the history has 0 of 2"):
+        renderer.render(untitled)
+
+
+@pytest.mark.parametrize("ranks", [[], [2], (1, 0, 2), np.array([3, 3], np.int32)])
+def test_a_history_is_read_from_the_catalogue_in_its_order(ranks: Sequence[int]):
+    catalog = catalog_of([[3, 0, 1], [0, 0, 7], [1, 2, 3], [0, 5, 0]])
+    history, untitled = History.of(catalog, ranks), History.of(catalog, ranks, shows_titles=False)
+    assert history.codes.shape == (len(ranks), 3)
+    assert history.codes.tolist() == untitled.codes.tolist() == [catalog.codes[rank].tolist() for rank in ranks]
+    assert list(history.titles) == [catalog.titles[rank] for rank in ranks]
+    assert list(untitled.titles) == []
+    assert (len(history[1:]), list(history[1:].titles)) == (len(ranks[1:]), [*history.titles][1:])
 
 
 def test_a_chat_training_row_needs_an_answer():
     with pytest.raises(PromptError, match="at least one item"):
-        CHAT.training_row([])
+        CHAT.training_row(history_of([]))
 
 
 def test_every_prompt_version_has_its_renderer():
@@ -291,7 +308,7 @@ def test_the_thinking_format_ends_a_thought_with_one_token():
 @pytest.mark.parametrize("renderer", [COMPACT, CHAT])
 def test_a_version_without_a_think_block_refuses_to_think(renderer: PromptRenderer):
     assert renderer.thinking is None
-    for call in (lambda: renderer.render([], thinking=True), lambda: renderer.thought_text([1])):
+    for call in (lambda: renderer.render(history_of([]), thinking=True), lambda: renderer.thought_text([1])):
         with pytest.raises(PromptError, match=rf"version {renderer.version} has no think block.*sft.thinking=true"):
             call()
 

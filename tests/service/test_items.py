@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from semantic_ids.bundle import Bundle, activate, publish
 from semantic_ids.decoding.tree_decoder import TreeDecoder
-from semantic_ids.prompt import HistoryItem
+from semantic_ids.prompt import History
 from service.redis_server import EmbeddedRedis
 from service.security import hash_key
 from service.settings import Settings
@@ -109,7 +109,8 @@ async def test_scores_at_an_epoch_are_the_exact_softmax_over_its_trie(local: Ser
     codes = {item_id: item.codes for item_id, item in BY_ID.items() if item_id != ITEM_IDS[5]}
     codes |= {"x1": (15, 0, 0), "x2": BY_ID[ITEM_IDS[3]].codes, ITEM_IDS[7]: (14, 3, 3)}
     assert set(ids_of(answer)) == codes.keys()
-    prompt = bundle.renderer.render([HistoryItem(np.array(codes[one]), BY_ID[one].title) for one in HISTORY]).token_ids
+    history = History(np.array([codes[one] for one in HISTORY]), [BY_ID[one].title for one in HISTORY])
+    prompt = bundle.renderer.render(history).token_ids
     expected = _exhaustive(bundle, prompt, set(codes.values()))
     for item in answer["items"]:
         assert item["score"] == pytest.approx(expected[codes[item["item_id"]]], abs=1e-4)

@@ -18,7 +18,7 @@ import pytest
 from semantic_ids.bundle import Bundle, publish
 from semantic_ids.catalog_changes import CatalogItem, ItemChanges
 from semantic_ids.filters import ItemFilter, RankBitmap
-from semantic_ids.prompt import HistoryItem
+from semantic_ids.prompt import History
 from service.engine.base import (
     Code,
     DecodeRequest,
@@ -56,9 +56,8 @@ def request(
     width: int = 10,
     program: StepProgram | None = None,
 ) -> DecodeRequest:
-    items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     return DecodeRequest(
-        bundle.renderer.render(items).token_ids,
+        bundle.renderer.render(History.of(bundle.catalog, history)).token_ids,
         item_filter or ItemFilter.of(NUM_ITEMS),
         width,
         sid_program(SPACE) if program is None else program,

@@ -13,7 +13,7 @@ import pytest
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.filters import ItemFilter
-from semantic_ids.prompt import HistoryItem
+from semantic_ids.prompt import History
 from service.engine.base import (
     Code,
     DecodeRequest,
@@ -62,9 +62,8 @@ def request(
     item_filter: ItemFilter | None = None,
     width: int = 10,
 ) -> DecodeRequest:
-    items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
     return DecodeRequest(
-        bundle.renderer.render(items, thinking=think is not None).token_ids,
+        bundle.renderer.render(History.of(bundle.catalog, history), thinking=think is not None).token_ids,
         item_filter or ItemFilter.of(NUM_ITEMS),
         width,
         sid_program(SPACE) if think is None else (think, *sid_program(SPACE)),

@@ -15,7 +15,7 @@ import torch
 
 from semantic_ids.bundle import Bundle, publish
 from semantic_ids.decoding.tree_decoder import TreeDecoder
-from semantic_ids.prompt import STEPWISE_VERSION, HistoryItem, PromptSpec
+from semantic_ids.prompt import STEPWISE_VERSION, History, PromptSpec
 from semantic_ids.step_reader import StepReader
 from service.catalog_titles import CatalogTitles
 from service.rationale_check import NamedItems, RationaleCheck
@@ -81,8 +81,7 @@ def reader_of(service: Service) -> StepReader:
 def outputs_before_codes(bundle: Bundle, model: Any, item_id: str) -> dict[int, np.ndarray]:
     """By level with a step: the output of a plain forward pass over prompt, steps and the item's codes before it."""
     ranks, _ = bundle.catalog.ranks_of(HISTORY)
-    items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in ranks]
-    tokens = bundle.renderer.render(items).token_ids.tolist()
+    tokens = bundle.renderer.render(History.of(bundle.catalog, ranks)).token_ids.tolist()
     outputs = {}
     for level, code in enumerate(BY_ID[item_id].codes):
         tokens += bundle.renderer.forced[level]

@@ -13,7 +13,7 @@ from semantic_ids.bundle import Bundle, publish
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
-from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, HistoryItem, PromptSpec
+from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, History, PromptSpec
 from service.app import make_engine
 from service.engine.base import EngineError
 from service.engine.local import LocalEngine
@@ -49,13 +49,12 @@ def expected_scores(
     bundle = Bundle.load_current(bundles)
     catalog = bundle.catalog
     ranks, _ = catalog.ranks_of(HISTORY)
-    items = [HistoryItem(catalog.codes[rank], catalog.titles[rank]) for rank in ranks]
     fed_back = bundle.renderer.fed_back if fed_back is None else fed_back
     decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary, fed_back=fed_back)
     found = constrained_beam(
         decoder,
         catalog.trie,
-        decoder.prefill([bundle.renderer.render(items).token_ids]),
+        decoder.prefill([bundle.renderer.render(History.of(catalog, ranks)).token_ids]),
         [ItemFilter.of(len(catalog), deny=ranks)],
         [NUM_ITEMS],
         forced=bundle.renderer.forced if with_steps else (),

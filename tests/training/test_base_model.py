@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from semantic_ids.bundle import load_text_tokenizer
 from semantic_ids.codes import SidSpace, SidVocabulary
 from semantic_ids.prompt import THINKING_TOKENS, THINKING_VERSION, PromptSpec, make_renderer
-from tests.semantic_ids.factories import history_items
 from tests.training.conftest import Cli, Run, make_catalog
 from training.base_model import SID_VOCABULARY, SMOLLM2, SidVocabularyRecord, extend_pretrained, locate, prepare
 from training.cli import main
@@ -125,7 +125,7 @@ def test_its_thoughts_hold_sids_and_text(extended_smollm2: Path) -> None:
     thought = f"The user liked {space.format([0] * space.num_levels)}, a tale of 3 robots.\n"
     token_ids = tokenizer.encode(thought, add_special_tokens=False)
     assert renderer.thought_text(token_ids) == thought
-    assert {*vocabulary.token_ids(history_items([[0] * space.num_levels])[0].codes).tolist()} <= {*token_ids}
+    assert {*vocabulary.token_ids(np.zeros(space.num_levels, np.uint16)).tolist()} <= {*token_ids}
 
 
 @needs_smollm2

@@ -19,6 +19,7 @@ from semantic_ids.bundle import CURRENT, Bundle, BundleError, BundleParts, curre
 from semantic_ids.decoding.beam import ScoredItems, constrained_beam
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
+from semantic_ids.prompt import History
 from tests.training.conftest import NUM_ITEMS, NUM_USERS, Cli, Run, command, environment
 from training.collaborative import COOCCURRENCE_FILE, ItemKnn, load_item_knn
 from training.generator import TrainedModel
@@ -55,7 +56,7 @@ def parts(finished: Run, tmp_path: Path) -> BundleParts:
 
 def answer(bundle: Bundle) -> ScoredItems:
     decoder = TreeDecoder.load(bundle.model_folder, bundle.vocabulary)
-    state = decoder.prefill([bundle.renderer.render([]).token_ids])
+    state = decoder.prefill([bundle.renderer.render(History.of(bundle.catalog, [])).token_ids])
     return constrained_beam(decoder, bundle.catalog.trie, state, [ItemFilter.of(len(bundle.catalog))], [20])[0]
 
 

@@ -25,13 +25,14 @@ from semantic_ids.prompt import (
     CONTINUOUS_VERSION,
     STEPWISE_VERSION,
     THINKING_VERSION,
+    History,
     PromptRenderer,
     window_start,
 )
 from semantic_ids.trie import ROOT
 from tests.training.conftest import Cli, Run, command, environment, make_catalog
 from training.distillation import LIST_LENGTH, TeacherLists
-from training.examples import Examples, TargetSplit, epoch_batches, history_items, prompt_windows
+from training.examples import Examples, TargetSplit, epoch_batches, prompt_windows
 from training.generator import MODEL, TrainedModel, _dropped, build_model
 from training.legal_softmax import child_log_probs
 from training.likelihood import hidden_states, item_log_likelihood, scores_of_targets
@@ -71,11 +72,10 @@ def decoded_scores(
     decoder: TreeDecoder, renderer: PromptRenderer, split: TargetSplit, catalog: Catalog = CATALOG
 ) -> npt.NDArray[np.float64]:
     """Each target's score as serving computes it, one request at a time."""
-    items = history_items(catalog)
     scores = []
     for history, target in zip(split.histories, split.targets, strict=True):
         shown = history[window_start(len(history), renderer.spec.max_history) :]
-        state = decoder.prefill([renderer.render([items[rank] for rank in shown]).token_ids])
+        state = decoder.prefill([renderer.render(History.of(catalog, shown)).token_ids])
         only = ItemFilter.of(len(catalog), allow=np.array([target], np.int64))
         found = constrained_beam(decoder, catalog.trie, state, [only], [1], forced=renderer.forced)
         scores.append(float(found[0].scores[0]))
@@ -252,10 +252,10 @@ def test_validation_prompts_are_cut_as_serving_cuts_them(lengths, max_history):
 def test_a_deterministic_cycle_is_learned(tmp_path):
     summary = train(tmp_path, max_epochs=25, patience=25, learning_rate=0.01, dropout=0.0)
     trained = TrainedModel.load(tmp_path, CATALOG)
-    decoder, items = trained.load_decoder(), history_items(CATALOG)
+    decoder = trained.load_decoder()
     first = []
     for history in VALIDATION.histories:
-        state = decoder.prefill([trained.renderer.render([items[rank] for rank in history]).token_ids])
+        state = decoder.prefill([trained.renderer.render(History.of(CATALOG, history)).token_ids])
         first.append(constrained_beam(decoder, CATALOG.trie, state, [ItemFilter.of(NUM_ITEMS)], [1])[0].ranks[0])
     sids = CATALOG.codes[np.array(first)] == CATALOG.codes[VALIDATION.targets]
     assert sids.all(axis=1).mean() > 0.9

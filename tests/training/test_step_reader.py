@@ -10,11 +10,11 @@ from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.step_outputs import StepOutputs
 from semantic_ids.filters import ItemFilter
+from semantic_ids.prompt import History
 from semantic_ids.step_reader import NO_CLUSTER, StepReader
 from tests.training.conftest import Cli, Run
 from tests.training.test_sft import CATALOG, VALIDATION
 from tests.training.test_stepwise import train
-from training.examples import history_items
 from training.generator import TrainedModel
 from training.stepwise import StepClusters
 
@@ -46,11 +46,11 @@ def test_the_steps_of_the_kept_model_are_read_as_the_clusters_of_what_comes_next
     reader = reader_after(tmp_path, **settings)
     assert reader is not None
     trained = TrainedModel.load(tmp_path, CATALOG)
-    decoder, items = trained.load_decoder(), history_items(CATALOG)
+    decoder = trained.load_decoder()
     is_read = []
     for history, target in zip(VALIDATION.histories, VALIDATION.targets.tolist(), strict=True):
         outputs = StepOutputs()
-        state = decoder.prefill([trained.renderer.render([items[rank] for rank in history]).token_ids])
+        state = decoder.prefill([trained.renderer.render(History.of(CATALOG, history)).token_ids])
         only = ItemFilter.of(len(CATALOG), allow=np.array([target]))
         constrained_beam(decoder, CATALOG.trie, state, [only], [1], forced=trained.renderer.forced, on_level=outputs)
         for level, output in enumerate(outputs.of(CATALOG.trie, 0, target)):

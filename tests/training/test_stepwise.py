@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from semantic_ids.bundle import Bundle
-from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, PromptError, PromptSpec, make_renderer
+from semantic_ids.prompt import CONTINUOUS_VERSION, STEPWISE_VERSION, History, PromptError, PromptSpec, make_renderer
 from tests.training.conftest import Cli, Run
 from tests.training.test_sft import CATALOG, CYCLE, MAX_HISTORY, VALIDATION, config_of, decoded_scores
-from training.examples import Examples, history_items
+from training.examples import Examples
 from training.generator import TrainedModel, build_model, compact_vocabulary
 from training.learner import Teaching
 from training.likelihood import hidden_states
@@ -168,7 +168,7 @@ def test_the_gradient_of_passes_is_that_of_every_item_run_token_by_token(steps):
     for window in windows:
         for place in range(len(window)):
             plain = make_renderer(PromptSpec(version=1, max_history=MAX_HISTORY), vocabulary)
-            prompt = plain.render([history_items(CATALOG)[rank] for rank in window[:place]]).token_ids
+            prompt = plain.render(History.of(CATALOG, window[:place])).token_ids
             inputs = rows[torch.from_numpy(prompt)]
             for level, token_id in enumerate(vocabulary.token_ids(CATALOG.codes[window[place]]).tolist()):
                 output = model.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]

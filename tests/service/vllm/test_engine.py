@@ -19,7 +19,7 @@ from semantic_ids.catalog_changes import CatalogItem, ItemChanges
 from semantic_ids.decoding.exploration import Exploration
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter, RankBitmap
-from semantic_ids.prompt import HistoryItem
+from semantic_ids.prompt import History
 from service.app import make_engine
 from service.engine import vllm_engine as module
 from service.engine.base import (
@@ -62,8 +62,7 @@ def random_filter(rng: np.random.Generator, num_items: int = NUM_ITEMS) -> ItemF
 
 
 def request(bundle: Bundle, history: Sequence[int] = (0, 50, 100), **changed: Any) -> DecodeRequest:
-    items = [HistoryItem(bundle.catalog.codes[rank], bundle.catalog.titles[rank]) for rank in history]
-    prompt = bundle.renderer.render(items).token_ids
+    prompt = bundle.renderer.render(History.of(bundle.catalog, history)).token_ids
     everything = ItemFilter.of(len(bundle.catalog))
     plain = DecodeRequest(prompt, everything, 10, sid_program(SPACE), bundle.catalog_id)
     return replace(plain, **changed)
