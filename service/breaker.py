@@ -17,7 +17,15 @@ import structlog
 from purgatory.domain.model import CLOSED, HALF_OPENED, OPENED, Context, OpenedState
 from redis.asyncio import Redis
 
-from service.histories import Event, EventType, Histories, HistoryEntry, HistoryUnavailableError, UserState
+from service.histories import (
+    Event,
+    EventType,
+    Histories,
+    HistoryEntry,
+    HistoryTimeoutError,
+    HistoryUnavailableError,
+    UserState,
+)
 from service.last_known import Hidden, LastKnown
 from service.metrics import Metrics
 
@@ -44,6 +52,7 @@ class Breaker:
         self._context = Context(name, threshold, open_s)
         self._is_probing = False
         self._level = metrics.breaker_state.labels(name, bundle_id)
+        self._published = ""
         self._publish()
 
     @property
@@ -108,7 +117,9 @@ class Breaker:
 
     def _publish(self) -> None:
         self._context.messages.clear()
-        self._level.set(_LEVELS[self._context.state])
+        if (state := self._context.state) != self._published:
+            self._published = state
+            self._level.set(_LEVELS[state])
 
 
 class GuardedHistories(Histories):
@@ -139,11 +150,11 @@ class GuardedHistories(Histories):
             self._last_known.tell((self._namespace, user_id), done)
         return stored
 
-    async def load(self, user_id: str) -> UserState:
+    async def load(self, user_id: str, *, last: int | None = None, timeout_s: float | None = None) -> UserState:
         """As `Histories.load`."""
         num_told = self._last_known.num_told
         with self._guarded():
-            state = await super().load(user_id)
+            state = await super().load(user_id, last=last, timeout_s=timeout_s)
         self._last_known.put((self._namespace, user_id), state.hidden_json, num_told)
         return state
 
@@ -170,7 +181,7 @@ class GuardedHistories(Histories):
         def is_failure(error: BaseException) -> bool | None:
             if self._last_answer_at[0] > start:  # it answers others: this process is too busy to hear it in time
                 return None
-            if isinstance(error, asyncio.CancelledError):  # a deadline, or a client that left
+            if isinstance(error, asyncio.CancelledError | HistoryTimeoutError):  # a client that left, or a deadline
                 return True if time.monotonic() - start > _SLOW_S else None
             return True if isinstance(error, HistoryUnavailableError) else None
 

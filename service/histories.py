@@ -19,6 +19,7 @@ What is promised:
   user's time to live, where one is set, ends them, together with everything else of that user.
 """
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ from service.event_types import EXCLUDING, IN_HISTORY
 from service.event_types import EventType as EventType  # noqa: PLC0414 - a word of this module's too
 from service.last_known import Hidden
 from service.redis_keys import DEFAULT_NAMESPACE, UserKeys, user_keys
+from service.shared_connection import ConnectionLostError, SharedConnection, packed
 
 _IMPORT_CALL_EVENTS = 1_000
 """Most events of one script call in an import: Redis serves nobody else meanwhile (about 5 ms)."""
@@ -52,6 +54,10 @@ class HistoryUnavailableError(Exception):
 
     The text names only the kind of failure, so that it may be shown; `__cause__` has the rest.
     """
+
+
+class HistoryTimeoutError(HistoryUnavailableError):
+    """Not in the time that there was, which may have been too short."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +168,11 @@ return replies
 _EVENT_IDS_KEY, _IMPORT_IDS_KEY = "4", "5"
 
 _LOAD = """
--- KEYS  as above; ARGV  max_stored
+-- KEYS  history, seen, excluded, meta; ARGV  the most entries
 -- Returns two lines of JSON: [[entry, ...], total] and [[seen], [excluded]], where an empty list may be {}.
 local history = {
   redis.call('ZRANGE', KEYS[1], -tonumber(ARGV[1]), -1),
-  tonumber(redis.call('HGET', KEYS[6], 'history') or 0)
+  tonumber(redis.call('HGET', KEYS[4], 'history') or 0)
 }
 local hidden = {redis.call('SMEMBERS', KEYS[2]), redis.call('SMEMBERS', KEYS[3])}
 return cjson.encode(history) .. '\\n' .. cjson.encode(hidden)
@@ -210,12 +216,15 @@ class Histories:
         if ttl_s is not None and ttl_s < 1:
             raise ValueError(f"ttl_s {ttl_s} must be at least 1, or None to keep users for ever")
         self._redis = redis
+        self._reads = SharedConnection(redis)
         self._namespace = namespace
         self._max_stored = max_stored
         self._settings = [str(max_stored), str(max_event_ids), str(ttl_s or 0)]
 
     def of(self, namespace: str) -> "Histories":
         """The same store for the users of another tenant, on the same connections."""
+        if namespace == self._namespace:
+            return self
         view = copy(self)
         view._namespace = namespace
         return view
@@ -242,10 +251,18 @@ class Histories:
                 accepted[index] = is_new == 1
         return accepted
 
-    async def load(self, user_id: str) -> UserState:
-        """The user's state at one instant; an unknown user has an empty one."""
-        call = _ScriptCall(self._keys(user_id), [str(self._max_stored)])
-        (reply,) = await self._run(_LOAD, [call])
+    async def load(self, user_id: str, *, last: int | None = None, timeout_s: float | None = None) -> UserState:
+        """The user's state at one instant; an unknown user has an empty one.
+
+        Of the history no more than the `last` entries. `HistoryTimeoutError` after `timeout_s`, or after the time-out
+        of the client's sockets if that is shorter.
+        """
+        keys, most = self._keys(user_id), min(last or self._max_stored, self._max_stored)
+        command = packed(("EVALSHA", _SHA[_LOAD], "4", keys.history, keys.seen, keys.excluded, keys.meta, str(most)))
+        within_s = min((one for one in (timeout_s, self._reads.timeout_s) if one is not None), default=None)
+        with _typed_failure():
+            async with asyncio.timeout(within_s):
+                reply = await self._read(command)
         history, _, hidden = reply.partition("\n")  # JSON has none within
         entries, total = json.loads(history)
         seen, excluded = json.loads(hidden)
@@ -302,6 +319,16 @@ class Histories:
                     num_recorded += await flush()
         return num_recorded + await flush()
 
+    async def _read(self, command: bytes) -> str:
+        """What `_LOAD` answers."""
+        try:
+            return str(await self._reads.ask(command))
+        except NoScriptError:
+            await self._redis.script_load(_LOAD)
+        except ConnectionLostError:
+            pass
+        return str(await _retry().call_with_retry(lambda: self._reads.ask(command), _try_again))
+
     def _keys(self, user_id: str) -> UserKeys:
         return user_keys(user_id, self._namespace)
 
@@ -341,7 +368,7 @@ class Histories:
     async def _evalsha(self, script: str, calls: list[_ScriptCall]) -> list[Any]:
         # Not AsyncScript on a pipeline: it asks SCRIPT EXISTS before every execution, a second round trip.
         sha = _SHA[script]
-        if len(calls) == 1:  # as every read is: a pipeline's bookkeeping would cost 50 µs
+        if len(calls) == 1:  # a pipeline's bookkeeping would cost 50 µs
             names = calls[0].keys
             try:
                 return [await self._redis.evalsha(sha, len(names), *names, *calls[0].args)]
@@ -381,9 +408,17 @@ def connect(url: str, *, timeout_s: float, max_connections: int) -> Redis:
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         decode_responses=True,
-        retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), 2, supported_errors=(RedisConnectionError,)),
+        retry=_retry(),
     )
     return Redis.from_pool(pool)
+
+
+def _retry() -> Retry:
+    return Retry(ExponentialBackoff(cap=0.1, base=0.02), 2, supported_errors=(RedisConnectionError,))
+
+
+async def _try_again(_error: Exception) -> None:
+    """Nothing is to be done before that."""
 
 
 @contextmanager
@@ -393,6 +428,8 @@ def _typed_failure() -> Iterator[None]:
         yield
     except DataError:
         raise
+    except TimeoutError as error:
+        raise HistoryTimeoutError("the history store has not answered in time") from error
     except (RedisError, OSError) as error:
         raise HistoryUnavailableError(f"the history store is unavailable ({type(error).__name__})") from error
 

@@ -36,10 +36,13 @@ class UserKeys(NamedTuple):
     """STRING: there while a worker is asked to think for the user; expires by itself."""
 
 
+_OF_USER = tuple(name.replace("_", "-") for name in UserKeys._fields)
+
+
 def user_keys(user_id: str, namespace: str = DEFAULT_NAMESPACE) -> UserKeys:
     """The keys of one user; different (namespace, user) pairs never share one."""
     tag = f"{_encoded(namespace)}:{_encoded(user_id)}"
-    return UserKeys(*(f"{PREFIX}:{{{tag}}}:{name.replace('_', '-')}" for name in UserKeys._fields))
+    return UserKeys(*[f"{PREFIX}:{{{tag}}}:{what}" for what in _OF_USER])
 
 
 def history_pattern(namespace: str | None = None) -> str:

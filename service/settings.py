@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         description="of the histories; absent: an embedded Redis in data_dir",
     )
     redis_timeout_s: float = Field(1.0, gt=0)
-    redis_max_connections: int = Field(64, ge=1)
+    redis_max_connections: int = Field(64, ge=2)
     data_dir: Path = Field(Path("runs/demo/redis"), description="the embedded Redis keeps its append-only file here")
     history_max_stored: int = Field(1_000, ge=1, le=5_000, description="history entries kept per user")
     history_ttl_days: int | None = Field(None, ge=1, description="a user without events for so long is forgotten")

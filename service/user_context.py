@@ -1,6 +1,5 @@
 """Whose taste a request is about: the stored or inline history, cut and resolved to what a prompt shows."""
 
-import asyncio
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,13 +48,14 @@ class UserContexts:
         shown: list[str] = []
         total, unavailable = 0, False
         if request.user_id is not None:
+            histories = self._histories.of(tenant)
             try:
-                async with asyncio.timeout(timeout_s):
-                    state = await self._histories.of(tenant).load(request.user_id)
-            except (HistoryUnavailableError, TimeoutError):
+                most = self._renderer.spec.max_history
+                state = await histories.load(request.user_id, last=most, timeout_s=timeout_s)
+            except HistoryUnavailableError:
                 self._metrics.history_failures.inc()
                 unavailable = True
-                known = self._histories.of(tenant).last_known(request.user_id)
+                known = histories.last_known(request.user_id)
                 seen, excluded = known.seen, known.excluded
             else:
                 seen, excluded, total = state.seen, state.excluded, state.total

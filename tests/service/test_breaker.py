@@ -207,6 +207,19 @@ async def test_a_redis_that_hangs_costs_a_few_deadlines_and_not_everybodys(bundl
     await server.stop()
 
 
+async def test_a_deadline_too_short_for_redis_says_nothing_of_it(bundles: Path, tmp_path: Path):
+    server = EmbeddedRedis(tmp_path)
+    settings = quick(Settings(bundles=bundles, redis_url=await server.start()))
+    async with running(settings, instant) as service:
+        await service.clicks("u", *HISTORY)
+        await service.recommend(user_id="u")
+        await service.state.redis.client_pause(600)
+        for _ in range(6):
+            assert (await service.recommend(user_id="u", deadline_ms=50))["reason"] == "history_unavailable"
+        assert state_of(service.state.metrics, "redis") == 0
+    await server.stop()
+
+
 async def expect_history_unavailable(service: Service, usual: dict[str, object], within_s: float) -> None:
     """The answer of before, from the cache."""
     start = time.perf_counter()
