@@ -60,6 +60,10 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # it died before the line above
         sys.exit(1)
+    try:  # a question that wakes it does not give it the asker's core at once
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:  # a sandbox may forbid it
+        pass
 os.execv(command[0], command)
 """
 
