@@ -120,14 +120,15 @@ class Catalog:
         """Ranks of the known ids, in the order given, and the ids that are unknown."""
         ids = list(item_ids)
         recent = self._recent_ranks
-        found = [recent.get(item_id) for item_id in ids]
-        if None in found:
-            looked_up = self._look_up([item_id for item_id, rank in zip(ids, found, strict=True) if rank is None])
-            found = [looked_up.get(ids[place]) if rank is None else rank for place, rank in enumerate(found)]
-            if len(recent) + len(looked_up) > _MAX_RECENT:
-                recent.clear()
-            if len(looked_up) <= _MAX_RECENT:
-                recent.update(looked_up)
+        found = list(map(recent.get, ids))
+        if None not in found:
+            return np.array(found, np.int64), []
+        looked_up = self._look_up([item_id for item_id, rank in zip(ids, found, strict=True) if rank is None])
+        found = [looked_up.get(ids[place]) if rank is None else rank for place, rank in enumerate(found)]
+        if len(recent) + len(looked_up) > _MAX_RECENT:
+            recent.clear()
+        if len(looked_up) <= _MAX_RECENT:
+            recent.update(looked_up)
         unknown = [item_id for item_id, rank in zip(ids, found, strict=True) if rank is None]
         return np.array([rank for rank in found if rank is not None], np.int64), unknown
 

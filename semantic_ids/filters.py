@@ -97,13 +97,15 @@ class ItemFilter:
         """Whether each rank is eligible, (M,) → (M,)."""
         if self.allow is not None:
             return _stand_in(self.allow, ranks)
-        eligible = np.ones(len(ranks), np.bool_) if self.bitmap is None else self.bitmap.member[ranks]
-        return eligible & ~_stand_in(self.deny, ranks) if len(self.deny) else eligible
+        denied = _stand_in(self.deny, ranks)
+        return ~denied if self.bitmap is None else self.bitmap.member[ranks] & ~denied
 
     @cached_property
     def num_eligible(self) -> int:
         """How many items the filter leaves."""
-        return int(self.count(np.array([0]), np.array([self.num_items]))[0])
+        if self.allow is not None:
+            return len(self.allow)
+        return (self.num_items if self.bitmap is None else int(self.bitmap.prefix[-1])) - len(self.deny)
 
 
 def _stand_in(members: Ranks, ranks: Ranks) -> npt.NDArray[np.bool_]:

@@ -8,7 +8,6 @@ import time
 from http import HTTPMethod
 
 import structlog
-from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,11 +19,18 @@ log = structlog.get_logger(__name__)
 
 _GIVEN_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _METHODS = frozenset(HTTPMethod)
-_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 _DOCS_POLICY = (  # FastAPI's page: Swagger UI from its CDN, started by a script in the page
-    "default-src 'none'; frame-ancestors 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; "
-    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
+    b"default-src 'none'; frame-ancestors 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; "
+    b"script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
 )
+_SECURE = {
+    b"x-content-type-options": b"nosniff",
+    b"content-security-policy": _POLICY,
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+}
+_SECURE_DOCS = _SECURE | {b"content-security-policy": _DOCS_POLICY}
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that did not wait for its answer
 
 
@@ -54,12 +60,10 @@ class Instrumented:
             nonlocal status, has_started
             if message["type"] == "http.response.start":
                 status, has_started = message["status"], True
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                total_ms = 1000 * (time.perf_counter() - start)
-                stages = {name: ms for name, ms in timings.items() if name != "total"} | {"total": total_ms}
-                headers["server-timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in stages.items())
-                _secure(headers, scope["path"])
+                stages = timings | {"total": 1000 * (time.perf_counter() - start)}
+                shown = ", ".join(f"{name};dur={ms:.2f}" for name, ms in stages.items())
+                own = [(b"x-request-id", request_id.encode()), (b"server-timing", shown.encode())]
+                message["headers"] = _secured([*message["headers"], *own], scope["path"])
             await send(message)
 
         try:
@@ -83,12 +87,11 @@ class Instrumented:
             structlog.contextvars.unbind_contextvars("request_id")
 
 
-def _secure(headers: MutableHeaders, path: str) -> None:
-    """What a browser may do with an answer: nothing. A page of ours sets its own policy, which is kept."""
-    headers["x-content-type-options"] = "nosniff"
-    headers.setdefault("content-security-policy", _DOCS_POLICY if path == "/docs" else _POLICY)
-    headers.setdefault("referrer-policy", "no-referrer")
-    headers.setdefault("cache-control", "no-store")
+def _secured(headers: list[tuple[bytes, bytes]], path: str) -> list[tuple[bytes, bytes]]:
+    """With what a browser may do with an answer: nothing. A page of ours sets its own policy, which is kept."""
+    policies = _SECURE_DOCS if path == "/docs" else _SECURE
+    present = {name for name, _ in headers}
+    return headers + [one for one in policies.items() if one[0] not in present]
 
 
 def _route_of(scope: Scope) -> str:

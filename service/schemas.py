@@ -62,6 +62,9 @@ class ItemFilterBody(Body):
         )
 
 
+_NO_FILTER = ItemFilterBody()  # one for all: to make one copies each of its lists
+
+
 class UserRequest(Body):
     """What `/recommend` and `/rerank` share: whose taste it is, and how long the answer may take."""
 
@@ -102,7 +105,7 @@ class RecommendRequest(UserRequest):
     """POST /recommend."""
 
     num_items: int = Field(10, ge=1, le=500)
-    filter: ItemFilterBody = Field(default_factory=ItemFilterBody)
+    filter: ItemFilterBody = Field(default_factory=lambda: _NO_FILTER)
     exclude_seen: bool = True
     diversity: float = Field(0.0, ge=0.0, le=1.0, allow_inf_nan=False)
     exploration: float = Field(0.0, ge=0.0, le=1.0, allow_inf_nan=False)

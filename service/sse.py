@@ -38,8 +38,11 @@ def prefers_events(accept: Sequence[str]) -> bool:
     Of two that are liked alike the first one named is meant; a wildcard means JSON, unless events are named and liked
     as well.
     """
+    accepted = ",".join(accept)
+    if MEDIA_TYPE not in accepted.lower():
+        return False
     wishes: dict[str, tuple[float, bool, int]] = {}  # quality, is named, the earlier the higher
-    for place, part in enumerate(",".join(accept).split(",")):
+    for place, part in enumerate(accepted.split(",")):
         media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
         wishes.setdefault(media_type, (_quality(parameters), not media_type.endswith("*"), -place))
     unnamed = (0.0, False, 0)

@@ -1,4 +1,4 @@
-"""Turns: a few pieces of work in each round of the event loop, the oldest request first."""
+"""Turns: a few pieces of work in each round of the event loop, first those on their way to the engine."""
 
 import asyncio
 
@@ -51,6 +51,20 @@ async def test_requests_of_one_time_keep_their_order():
 
     await asyncio.gather(*map(work, range(20)))
     assert order == list(range(20))
+
+
+async def test_what_goes_to_the_engine_goes_first_and_among_itself_by_age():
+    order: list[tuple[bool, float]] = []
+    turns = Turns(per_round=1)
+
+    async def work(began_at: float, to_engine: bool) -> None:
+        await turns.take(began_at, to_engine=to_engine)
+        order.append((to_engine, began_at))
+
+    first = (9.0, False)  # finds nobody waiting
+    crowd = [(1.0, False), (5.0, True), (2.0, False), (3.0, True), (4.0, True)]
+    await asyncio.gather(*(work(*one) for one in (first, *crowd)))
+    assert order == [(False, 9.0), (True, 3.0), (True, 4.0), (True, 5.0), (False, 1.0), (False, 2.0)]
 
 
 async def test_who_gives_up_takes_nobodys_turn():
