@@ -324,7 +324,7 @@ class Histories:
         try:
             return str(await self._reads.ask(command))
         except NoScriptError:
-            await self._redis.script_load(_LOAD)
+            await self._reads.ask(packed(("SCRIPT", "LOAD", _LOAD)))
         except ConnectionLostError:
             pass
         return str(await _retry().call_with_retry(lambda: self._reads.ask(command), _try_again))

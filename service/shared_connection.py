@@ -1,7 +1,7 @@
 """One connection to Redis for many small questions: each is written at once, and the answers come in their order.
 
-A pool gives every question a connection of its own, for a third of what an answer costs the event loop: to find one,
-to look whether it lives, to bound its write and its read, to give it back. And what comes together wakes Redis once.
+A pool gives every question a connection of its own: to find one, to look whether it lives, to bound its write and its
+read and to give it back is a tenth of what a recommendation costs the event loop.
 
     ask() ── written at once ──> Redis ── answers in order ──> listener ──> whoever asked
 

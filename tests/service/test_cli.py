@@ -231,10 +231,11 @@ async def test_importing_twice_leaves_one_copy(env: dict[str, str], tmp_path: Pa
 
     server = EmbeddedRedis(Path(env["SIDREC_DATA_DIR"]))
     client = connect(await server.start(), timeout_s=5, max_connections=1)
-    stored = await Histories(client).load("it's me")
+    imported = Histories(client)
+    stored = await imported.load("it's me")
     assert stored.items == [ITEM_IDS[0], ITEM_IDS[0], ITEM_IDS[1]]
     assert stored.total == 3
-    assert (await Histories(client).load("user-4")).items == [ITEM_IDS[4]]
+    assert (await imported.load("user-4")).items == [ITEM_IDS[4]]
     await client.aclose()
     await server.stop()
 
