@@ -103,7 +103,7 @@ class SharedConnection:
         try:
             while not line.is_lost:
                 _hand_out(await _next_reply(line.connection), line)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, ValueError) as error:  # an answer that is not UTF-8 ends redis-py's connection too
             why = error
         finally:
             self._lose(line, why)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import structlog
+from redis.asyncio import Redis
 
 from semantic_ids.bundle import Bundle, publish
+from service.histories import connect
+from service.redis_server import EmbeddedRedis
 from service.settings import Settings
 from tests.service.engines import instant
 from tests.service.running import Service, running
@@ -74,6 +77,22 @@ def settings(bundles: Path, tmp_path: Path) -> Settings:
 def user_id() -> str:
     """A user that no other test knows."""
     return f"user-{next(_user_numbers)}"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """A Redis of the module's own."""
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    yield await server.start()
+    await server.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def redis(url: str) -> AsyncIterator[Redis]:
+    """A client of that Redis."""
+    client = connect(url, timeout_s=5, max_connections=4)
+    yield client
+    await client.aclose()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -10,32 +10,16 @@ from itertools import count
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from service.histories import Event, EventType, Histories, HistoryEntry, HistoryUnavailableError, UserState, connect
 from service.redis_keys import user_keys
-from service.redis_server import EmbeddedRedis
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 WEIRD_USERS = ["", " ", "{", "}", "}{", "a:b", "a}:history", "用户", "\U0001f600", "%7B", "\0\n", "x" * 128, "\ud800"]
 namespaces = (f"test-{number}" for number in count())
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield await server.start()
-    await server.stop()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def redis(url: str) -> AsyncIterator[Redis]:
-    client = connect(url, timeout_s=5, max_connections=4)
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

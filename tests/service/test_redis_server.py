@@ -193,6 +193,14 @@ async def test_supervision_ends_with_stop(tmp_path: Path):
 
 
 @on_linux
+async def test_a_question_does_not_give_it_the_askers_core_at_once(tmp_path: Path):
+    server = EmbeddedRedis(tmp_path)
+    await server.start()
+    assert os.sched_getscheduler(pid_of(server)) == os.SCHED_BATCH
+    await server.stop()
+
+
+@on_linux
 async def test_an_append_only_file_that_cannot_be_written_refuses_events_and_loses_none(tmp_path: Path):
     server = EmbeddedRedis(tmp_path)
     url = await server.start()

@@ -10,7 +10,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 
 from service.histories import Event, EventType, Histories, HistoryTimeoutError, HistoryUnavailableError, connect
-from service.redis_server import EmbeddedRedis
 from service.shared_connection import ConnectionLostError, SharedConnection, packed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -18,15 +17,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 NEVER_ANSWERED = packed(("BLPOP", "no-such-list", "0"))
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield await server.start()
-    await server.stop()
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def redis(url: str) -> AsyncIterator[Redis]:
+    """An impatient client, whose end is waited for."""
     client = connect(url, timeout_s=0.2, max_connections=3)
     yield client
     await client.aclose()
@@ -94,6 +87,13 @@ async def test_with_the_connection_its_questions_are_lost_and_the_next_one_opens
         with pytest.raises(ConnectionLostError) as lost:
             await one
         assert isinstance(lost.value.__cause__, RedisConnectionError), "with what Redis' client says of it"
+    assert await shared.ask(echo("again")) == "again"
+
+
+async def test_an_answer_that_cannot_be_read_loses_its_connection_and_says_why(shared: SharedConnection):
+    with pytest.raises(ConnectionLostError) as lost:
+        await shared.ask(packed(("EVAL", r"return '\255'", "0")))
+    assert isinstance(lost.value.__cause__, UnicodeDecodeError)
     assert await shared.ask(echo("again")) == "again"
 
 

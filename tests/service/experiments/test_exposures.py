@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
@@ -29,7 +28,6 @@ from service.experiments.exposures import (
 )
 from service.histories import connect
 from service.redis_keys import exposure_stream, unit_key_name
-from service.redis_server import EmbeddedRedis
 from tests.service.running import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -39,20 +37,6 @@ CONTROL = Assignment("layer", "exp", "control", VariantOverrides())
 TREATMENT = replace(CONTROL, variant="new")
 namespaces = (f"experiments-{number}" for number in count())
 ids = (f"recommendation-{number}" for number in count())
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield await server.start()
-    await server.stop()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def redis(url: str) -> AsyncIterator[Redis]:
-    client = connect(url, timeout_s=5, max_connections=4)
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture
