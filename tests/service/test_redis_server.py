@@ -73,7 +73,7 @@ async def answers(url: str) -> bool:
 
 
 async def has_restarted(server: EmbeddedRedis, url: str, old_pid: int) -> bool:
-    """The start is over: a server answers a little before that."""
+    """Another server of ours answers. Its start ends a little later: cancelled before that, it ends the server."""
     return server.pid not in {None, old_pid} and server.is_owner and await answers(url)
 
 
@@ -252,7 +252,7 @@ async def test_a_supervised_joiner_takes_over_on_the_same_socket_when_the_owner_
         await owner.stop()
         await until(partial(has_restarted, joiner, url, 0))
         assert (await histories.load("u")).total == 1
-    assert joiner.is_owner
+        assert joiner.is_owner
     await joiner.stop()
     assert not await answers(url)
 
