@@ -4,8 +4,10 @@ The launcher and the process group are accelerate's, the gradients' averaging an
 module adds the few collective operations that stages need, so that no stage asks how many processes there are.
 """
 
+import atexit
 import itertools
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +29,9 @@ _LAUNCHERS_VARIABLES = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}  # of torchr
 
 LONGEST_WAIT = timedelta(days=7)
 """The others wait while the first process embeds texts or writes a catalogue."""
+
+_FOR_LAST_TENSORS = 0.2
+"""Seconds in which the threads of a process group drop what they hold: microseconds, and a busy machine's turn."""
 
 
 class Processes:
@@ -146,7 +151,17 @@ def _launched() -> Processes:
 
     without_gpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=without_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    atexit.register(_leave, accelerator)
     return Processes(accelerator, _launched_fsdp())
+
+
+def _leave(accelerator: "Accelerator") -> None:
+    """Before the interpreter ends: a thread of Gloo's that drops its last tensor later than that aborts the process.
+
+    It needs the GIL to do so, which this one gives it; the launcher would call a finished training failed.
+    """
+    accelerator.end_training()  # most of torch's references to the group, not all: so its threads are not joined
+    time.sleep(_FOR_LAST_TENSORS)
 
 
 def _launched_fsdp() -> "FullyShardedDataParallelPlugin | None":

@@ -76,6 +76,25 @@ assert torch.equal(joined, alone[0].weight) if together.is_main else joined.nume
 assert torch.equal(as_held(alone[0].weight.detach(), held).to_local(), held.to_local())
 """
 
+LAST_TENSORS = """
+import sys
+import time
+import torch
+from training.processes import Processes
+Processes.launched()
+class Ends:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)  # in the end of the interpreter: lets the others run
+ends = Ends()
+sys.setswitchinterval(60)  # others run Python only while this thread waits
+pieces, mine = [torch.zeros(1), torch.zeros(1)], torch.ones(1)
+torch.distributed.all_gather(pieces, mine, async_op=True)
+del pieces, mine  # now the group's threads alone have them
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    pass
+"""
+
 
 def launch(*arguments: str | Path, by: list[str] = LAUNCH) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -90,6 +109,14 @@ def test_what_processes_exchange(tmp_path: Path) -> None:
     done = launch(script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["main", "other"]
+
+
+def test_the_last_tensors_are_let_go_before_the_interpreter_ends(tmp_path: Path) -> None:
+    """Else Gloo's thread, which then finds no interpreter, aborts a process that has done its work."""
+    script = tmp_path / "last_tensors.py"
+    script.write_text(LAST_TENSORS)
+    done = launch(script)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("method", ["letter-coba", "gr2"])
