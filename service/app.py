@@ -69,7 +69,16 @@ def make_engine(bundle: Bundle, settings: Settings, metrics: Metrics) -> Engine:
         )
     from service.engine.local import LocalEngine, LocalEngineConfig
 
-    return LocalEngine(bundle, LocalEngineConfig(settings.decode_threads, settings.max_batch, settings.dtype), metrics)
+    return LocalEngine(
+        bundle,
+        LocalEngineConfig(
+            threads=settings.decode_threads,
+            max_batch=settings.max_batch,
+            dtype=settings.dtype,
+            prompt_cache_mb=settings.prompt_cache_mb,
+        ),
+        metrics,
+    )
 
 
 def create_app(

@@ -123,7 +123,7 @@ class Metrics:
         )
         self.engine_prompt_tokens = Counter(
             "sidrec_engine_prompt_tokens",
-            "Prompt tokens found in the prefix cache, and computed.",
+            "Prompt tokens that were kept from prompts before, and computed.",
             ("from",),
             registry=self.registry,
         )
@@ -237,6 +237,11 @@ class Metrics:
         self.engine_steps.inc(steps)
         self.engine_beams.inc(beams)
         self.engine_closed_beams.inc(closed_beams)
+
+    def count_prompt_tokens(self, tokens: int, cached: int) -> None:
+        """Add prompts of so many tokens in all, of which `cached` were not computed again."""
+        self.engine_prompt_tokens.labels("cached").inc(cached)
+        self.engine_prompt_tokens.labels("computed").inc(tokens - cached)
 
     def count_thought(self, tokens: int, end: ThoughtEnd) -> None:
         """Add one thought that reached its end."""

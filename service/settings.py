@@ -57,6 +57,11 @@ class Settings(BaseSettings):
     max_batch: int = Field(32, ge=1)
     decode_threads: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    prompt_cache_mb: int = Field(
+        128,
+        ge=0,
+        description="prompts that the local engine keeps run, so that who comes back is answered sooner; 0: none",
+    )
     vllm_replicas: int = Field(1, ge=1, le=64, description="processes of the vLLM engine; on CPUs each uses one core")
     vllm_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one replica, on CPUs")
     vllm_args: dict[str, Any] = Field({}, description="further engine arguments of vLLM's, as a JSON object")

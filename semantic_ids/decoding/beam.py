@@ -45,6 +45,8 @@ class BeamWork:
     closed_beams: int = 0  # beams that needed no further forward pass
     codes: int = 0  # all codes of the levels, legal or not, of every beam
     legal_codes: int = 0
+    prompt_tokens: int = 0
+    known_prompt_tokens: int = 0  # of them those that a prompt cache had; whoever prefills counts both
 
     @property
     def masked_share(self) -> float:

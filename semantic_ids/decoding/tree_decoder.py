@@ -9,6 +9,8 @@ the mask.
     b1 sees   x x x x x |       x  | x
     b2 sees   x x x x x | x        |    x
 
+What a prompt has in common with one that was run before need not be run again (`prompt_cache`).
+
 Some tokens may be *fed back*: their input is their row plus what the model made of the token before them, so a branch
 goes on from its own output (S²GR's continuous steps, `PromptRenderer.fed_back`).
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from semantic_ids.codes import SidError, SidVocabulary, TokenIds
+from semantic_ids.decoding.prompt_cache import KeptPrompt, Known, PromptCache
 
 if TYPE_CHECKING:  # transformers takes seconds to load, and what only names these types needs none of it
     from transformers import DynamicCache, PreTrainedModel
@@ -93,10 +96,11 @@ class Decoder(Protocol[StateT_contra]):
 class TreeState:
     """The cache that a batch of prompts and all their continuations share."""
 
-    def __init__(self, cache: "DynamicCache", root: TreeRows, last_hidden: Tensor) -> None:
+    def __init__(self, cache: "DynamicCache", root: TreeRows, last_hidden: Tensor, num_known: int = 0) -> None:
         self.cache = cache
         self.root = root  # R = 1: each prompt itself
         self.last_hidden = last_hidden  # (B, 1, D)
+        self.num_known = num_known  # tokens of the prompts that were not run: they were known
 
 
 class TreeDecoder:
@@ -109,8 +113,12 @@ class TreeDecoder:
         pad_token_id: int = 0,
         *,
         fed_back: Sequence[int] = (),
+        prompt_cache: PromptCache | None = None,
     ) -> None:
-        """`fed_back` as the prompts have it; a prompt itself has no such token. The model stays where it is."""
+        """`fed_back` as the prompts have it; a prompt itself has no such token. The model stays where it is.
+
+        `prompt_cache` is this model's alone; a model whose layers keep different states does without it.
+        """
         size = model.config.get_text_config().vocab_size
         if size != vocabulary.vocab_size:
             raise SidError(f"the model's vocabulary of {size} is not the SID vocabulary's {vocabulary.vocab_size}")
@@ -122,6 +130,7 @@ class TreeDecoder:
         self._vocabulary = vocabulary
         self._pad_token_id = pad_token_id
         self._fed_back = torch.tensor(fed_back, device=self.device)
+        self._prompt_cache = prompt_cache if prompt_cache is not None and _has_like_layers(model) else None
 
     @classmethod
     def load(
@@ -131,6 +140,7 @@ class TreeDecoder:
         dtype: Literal["float32", "bfloat16"] = "float32",
         *,
         fed_back: Sequence[int] = (),
+        prompt_cache: PromptCache | None = None,
     ) -> "TreeDecoder":
         """The decoder of a transformers checkpoint."""
         from transformers import AutoModelForCausalLM
@@ -138,7 +148,7 @@ class TreeDecoder:
 
         disable_progress_bar()  # a loaded model is a detail of something larger, which shows its own progress
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
-        return cls(model, vocabulary, fed_back=fed_back)
+        return cls(model, vocabulary, fed_back=fed_back, prompt_cache=prompt_cache)
 
     @property
     def vocabulary(self) -> SidVocabulary:
@@ -158,21 +168,95 @@ class TreeDecoder:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[TokenIds]) -> TreeState:
-        """Run B prompts of any lengths."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        longest = int(lengths.max())
-        token_ids = torch.full((len(prompts), longest), self._pad_token_id)
+        """Run B prompts of any lengths, less what the prompt cache has of them."""
+        lengths = self._tensor([len(prompt) for prompt in prompts])
+        if self._prompt_cache is None:
+            cache, last_hidden = self._run(prompts)
+            num_known = 0
+        else:
+            kept, num_known = self._kept(prompts, self._prompt_cache)
+            cache = self._cache_of([(one.states, len(one.token_ids)) for one in kept])
+            last_hidden = torch.stack([one.last_hidden for one in kept])
+        visible = torch.arange(cache.get_seq_length(), device=self.device)[None, None] < lengths[:, None, None]
+        root = self._with_output(TreeRows(visible, lengths[:, None]), last_hidden[:, None])
+        return TreeState(cache, root, last_hidden[:, None], num_known)
+
+    def _kept(self, prompts: Sequence[TokenIds], prompt_cache: PromptCache) -> tuple[list[KeptPrompt], int]:
+        """Each prompt as the model leaves it, and how many tokens of them were known; all are kept."""
+        known = [prompt_cache.find(prompt) for prompt in prompts]
+        kept: list[KeptPrompt | None] = [one.kept if one is not None and one.is_same else None for one in known]
+        # Those of which nothing is known are a batch of their own, whose mask is the plain causal one.
+        for of_new in (True, False):
+            rows = [row for row, one in enumerate(known) if kept[row] is None and (one is None) == of_new]
+            if rows:
+                made = self._kept_after([prompts[row] for row in rows], [known[row] for row in rows])
+                for row, one in zip(rows, made, strict=True):
+                    kept[row] = one
+                    prompt_cache.put(one)
+        return [one for one in kept if one is not None], sum(one.num_tokens for one in known if one is not None)
+
+    def _kept_after(self, prompts: Sequence[TokenIds], known: Sequence[Known | None]) -> list[KeptPrompt]:
+        """Run what is not known of G prompts: of some of each, or of all of none."""
+        begun = [one for one in known if one is not None]
+        rest = [prompt[one.num_tokens :] for prompt, one in zip(prompts, begun, strict=True)] if begun else prompts
+        cache, last_hidden = self._run(rest, begun)
+        states = torch.stack([state for layer in cache.layers for state in (layer.keys, layer.values)])
+        first = states.shape[3] - max(map(len, rest))  # the slot of the first token that was run
+        made = []
         for row, prompt in enumerate(prompts):
-            token_ids[row, : len(prompt)] = torch.from_numpy(prompt)
-        # Padding is on the right, behind every real token, so the plain causal mask is already right.
+            parts = [begun[row].kept.states[:, :, : begun[row].num_tokens]] if begun else []
+            parts.append(states[:, row, :, first : first + len(rest[row])])
+            made.append(KeptPrompt(prompt, torch.cat(parts, dim=2), last_hidden[row].clone()))
+        return made
+
+    def _run(self, tokens: Sequence[TokenIds], begun: Sequence[Known] = ()) -> tuple["DynamicCache", Tensor]:
+        """Run G rows of tokens, each behind its own beginning where there are any: the cache, each row's output (G, D).
+
+        The cache has the beginnings, filled up to the longest, and then the tokens, filled up to the longest.
+        """
         from transformers import DynamicCache
 
+        lengths = self._tensor([len(row) for row in tokens])
+        longest = max(map(len, tokens))
+        token_ids = torch.full((len(tokens), longest), self._pad_token_id)
+        for row, own in enumerate(tokens):
+            token_ids[row, : len(own)] = torch.from_numpy(own)
+        # Padding is on the right, behind every real token, so without a beginning the plain causal mask is right.
+        cache, mask, position = DynamicCache(config=self.model.config), None, None
+        if begun:
+            before = self._tensor([one.num_tokens for one in begun])[:, None]  # (G, 1)
+            cache = self._cache_of([(one.kept.states, one.num_tokens) for one in begun])
+            place = torch.arange(longest, device=self.device)
+            is_before = torch.arange(cache.get_seq_length(), device=self.device) < before  # (G, slots before)
+            causal = (place[None] <= place[:, None]).expand(len(tokens), -1, -1)
+            mask = torch.cat((is_before[:, None].expand(-1, longest, -1), causal), dim=-1)[:, None]
+            position = before + place
+        output = self.model.base_model(
+            input_ids=token_ids.to(self.device),
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rows = torch.arange(len(tokens), device=self.device)
+        return cache, output.last_hidden_state[rows, lengths - 1]
+
+    def _cache_of(self, beginnings: Sequence[tuple[Tensor, int]]) -> "DynamicCache":
+        """A cache of the first so many tokens of each states (2E, H, P, D_h), filled up to the longest."""
+        from transformers import DynamicCache
+
+        num_states, num_heads, _, width = beginnings[0][0].shape
+        longest = max(length for _, length in beginnings)
+        joined = beginnings[0][0].new_zeros((num_states, len(beginnings), num_heads, longest, width))
+        for row, (states, length) in enumerate(beginnings):
+            joined[:, row, :, :length] = states[:, :, :length]
         cache = DynamicCache(config=self.model.config)
-        output = self.model.base_model(input_ids=token_ids.to(self.device), past_key_values=cache, use_cache=True)
-        rows = torch.arange(len(prompts), device=self.device)
-        last_hidden = output.last_hidden_state[rows, lengths - 1][:, None]  # (B, 1, D)
-        visible = torch.arange(longest, device=self.device)[None, None] < lengths[:, None, None]
-        return TreeState(cache, self._with_output(TreeRows(visible, lengths[:, None]), last_hidden), last_hidden)
+        for layer, (keys, values) in enumerate(zip(joined[0::2], joined[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        return cache
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
 
     @torch.inference_mode()
     def extend(self, state: TreeState, rows: TreeRows, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, TreeRows]:
@@ -208,6 +292,19 @@ class TreeDecoder:
     def token_logits(self, hidden: Tensor) -> Tensor:
         """The logits of every token, for free text, (M, D) → (M, V)."""
         return functional.linear(hidden, *_head(self.model, slice(self.vocabulary.vocab_size)))
+
+
+def _has_like_layers(model: "PreTrainedModel") -> bool:
+    """Whether every layer keeps keys and values of the whole sequence, all of one shape."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model.base_model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache)
+    return len({state.shape for layer in cache.layers for state in (layer.keys, layer.values)}) == 1 and all(
+        type(layer) is DynamicLayer for layer in cache.layers
+    )
 
 
 def level_head(model: "PreTrainedModel", vocabulary: SidVocabulary, level: int) -> tuple[Tensor, Tensor | None]:

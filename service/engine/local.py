@@ -244,6 +244,7 @@ class LocalEngine:
     def _count(self, decoded: Decoded) -> None:
         report = decoded.report
         self._metrics.count_beam_work(report.steps, report.beams, report.closed_beams, report.masked_share)
+        self._metrics.count_prompt_tokens(decoded.prompt_tokens, decoded.known_prompt_tokens)
         if decoded.thought_end is not None:
             self._metrics.count_thought(len(decoded.thought), decoded.thought_end)
 

@@ -37,6 +37,8 @@ class LocalEngineConfig:
     """OpenMP threads: with two on two cores decoding is 10 to 20 times slower under load (libgomp spins)."""
     max_batch: int = 32
     dtype: Literal["float32", "bfloat16"] = "float32"
+    prompt_cache_mb: int = 128
+    """MiB of prompts' keys and values that the process keeps (`PromptCache`); 0: none."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Decoded:
     """What came of a batch."""
 
     report: BeamReport
+    prompt_tokens: int
+    known_prompt_tokens: int
+    """Of them those that did not go through the model: its process had kept them."""
     thought: tuple[int, ...] = ()
     thought_end: ThoughtEnd | None = None
     think_s: float = 0.0

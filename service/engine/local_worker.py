@@ -6,7 +6,7 @@ taken, while it lasts.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from semantic_ids.bundle import Bundle
 from semantic_ids.decoding.beam import BeamWork
+from semantic_ids.decoding.prompt_cache import PromptCache
 from semantic_ids.decoding.tree_decoder import TreeDecoder, TreeState
 from semantic_ids.filters import ItemFilter
 from service.engine.base import Think, ThoughtEnd
@@ -71,7 +72,11 @@ class LocalWorker:
         self._connection = connection
         self._store = SidStore()
         self._decoder = TreeDecoder.load(
-            bundle.model_folder, bundle.vocabulary, config.dtype, fed_back=bundle.renderer.fed_back
+            bundle.model_folder,
+            bundle.vocabulary,
+            config.dtype,
+            fed_back=bundle.renderer.fed_back,
+            prompt_cache=PromptCache(config.prompt_cache_mb << 20) if config.prompt_cache_mb else None,
         )
         connection.send(Ready(self._store.add(bundle), self._decoder.max_positions))
 
@@ -134,8 +139,11 @@ class LocalWorker:
             num_captures=0,
             seconds=time.monotonic() - started_at,
         )
-        thought = thoughts[0] if thoughts else None
-        return Decoded(report) if thought is None else Decoded(report, thought.token_ids, thought.end, thought.seconds)
+        decoded = Decoded(report, work.prompt_tokens, work.known_prompt_tokens)
+        if not thoughts:
+            return decoded
+        thought = thoughts[0]
+        return replace(decoded, thought=thought.token_ids, thought_end=thought.end, think_s=thought.seconds)
 
     def _beam(
         self,
@@ -147,6 +155,8 @@ class LocalWorker:
         thoughts: list[_Thought],
     ) -> list[Searched]:
         state, forced = self._decoder.prefill([job.prompt for job in jobs]), batch.forced
+        work.prompt_tokens += sum(len(job.prompt) for job in jobs)
+        work.known_prompt_tokens += state.num_known
         if batch.think is not None:
             thought = self._think(number, state, batch.think)
             thoughts.append(thought)

@@ -417,8 +417,7 @@ class _Replica:
         stream = self._generate(prompt, max_tokens=1, extra_args={CAPTURE_ARG: {"key": key, "room": room}})
         async for output in stream:
             cached = output.num_cached_tokens or 0
-            self._metrics.engine_prompt_tokens.labels("cached").inc(cached)
-            self._metrics.engine_prompt_tokens.labels("computed").inc(len(prompt) - cached)
+            self._metrics.count_prompt_tokens(len(prompt), cached)
 
     async def _generate(
         self,

@@ -2,7 +2,8 @@
 
 The first half of `make bench-engine`; `tests.benchmarks.vllm_engine` is the other. Both run the same random model of
 SmolLM2-135M's shape in float32 on one thread, the same trie, prompt and width, and must return the same items; each
-time is the median of several alternating runs.
+time is the median of several alternating runs. "Back" is the same request from a user who is back with one new item,
+whose prompt before that is in the prompt cache.
 """
 
 import statistics
@@ -16,6 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from semantic_ids.codes import SidSpace, SidVocabulary, TokenIds
 from semantic_ids.decoding.beam import constrained_beam
 from semantic_ids.decoding.legal import LegalCodes, legal_log_softmax
+from semantic_ids.decoding.prompt_cache import PromptCache
 from semantic_ids.decoding.tree_decoder import TreeDecoder
 from semantic_ids.filters import ItemFilter
 from semantic_ids.trie import ROOT, SidTrie
@@ -69,17 +71,26 @@ def naive_beam(decoder: TreeDecoder, trie: SidTrie, prompt: TokenIds, width: int
 
 
 def measure() -> dict[str, float | int | str]:
-    """One request, cold."""
+    """One request, cold and of a user who is back."""
     torch.set_num_threads(1)
     vocabulary = SidVocabulary(SPACE, 49_152, 49_152 + SPACE.num_tokens)
-    decoder = TreeDecoder(smollm2_shape(vocabulary.vocab_size), vocabulary)
+    model = smollm2_shape(vocabulary.vocab_size)
+    decoder = TreeDecoder(model, vocabulary)
+    keeping = TreeDecoder(model, vocabulary, prompt_cache=PromptCache(1 << 30))
     trie = SidTrie.build(SPACE, beauty_like_sids(NUM_ITEMS, seed=0))
-    prompt = np.random.default_rng(1).integers(0, 49_152, PROMPT_TOKENS)
+    rng = np.random.default_rng(1)
+    prompt = rng.integers(0, 49_152, PROMPT_TOKENS)
     everything = ItemFilter.of(trie.num_items)
 
-    def ours() -> tuple[np.ndarray, np.ndarray]:
+    def found(decoder: TreeDecoder, prompt: TokenIds) -> tuple[np.ndarray, np.ndarray]:
         items = constrained_beam(decoder, trie, decoder.prefill([prompt]), [everything], [WIDTH])[0]
         return items.ranks, items.scores
+
+    def ours() -> tuple[np.ndarray, np.ndarray]:
+        return found(decoder, prompt)
+
+    def back() -> tuple[np.ndarray, np.ndarray]:
+        return found(keeping, np.append(prompt[SPACE.num_levels :], rng.integers(0, 49_152, SPACE.num_levels)))
 
     def naive() -> tuple[np.ndarray, np.ndarray]:
         leaves, scores = naive_beam(decoder, trie, prompt, WIDTH)
@@ -89,8 +100,13 @@ def measure() -> dict[str, float | int | str]:
         decoder.prefill([prompt])
         return np.empty(0), np.empty(0)
 
-    seconds: dict[str, list[float]] = {"ours": [], "naive": [], "prefill": []}
-    runs: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {"ours": ours, "naive": naive, "prefill": prefill}
+    seconds: dict[str, list[float]] = {"ours": [], "naive": [], "prefill": [], "back": []}
+    runs: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
+        "ours": ours,
+        "naive": naive,
+        "prefill": prefill,
+        "back": back,
+    }
     for run in runs.values():
         run()
     for _ in range(RUNS):
@@ -106,9 +122,11 @@ def measure() -> dict[str, float | int | str]:
         "ours_s": median["ours"],
         "naive_s": median["naive"],
         "prefill_s": median["prefill"],
+        "back_s": median["back"],
         "ratio_vs_naive": median["ours"] / median["naive"],
         "ours_over_prefill": median["ours"] / median["prefill"],
         "naive_over_prefill": median["naive"] / median["prefill"],
+        "back_over_ours": median["back"] / median["ours"],
         "items": len(our_ranks),
     }
 

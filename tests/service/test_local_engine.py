@@ -102,6 +102,36 @@ async def test_a_crowd_gets_the_answers_that_each_gets_alone(bundle: Bundle):
             assert_same(one, crowded)
 
 
+@pytest.mark.parametrize("prompt_cache_mb", [1, 0])
+async def test_a_returning_user_pays_for_the_new_item_alone(bundle: Bundle, prompt_cache_mb: int):
+    metrics = Metrics()
+
+    async def tokens(*requests: DecodeRequest) -> tuple[float, ...]:
+        before = [value(source) for source in ("cached", "computed")]
+        await asyncio.gather(*map(engine.decode, requests))
+        return tuple(value(source) - old for source, old in zip(("cached", "computed"), before, strict=True))
+
+    def value(source: str) -> float:
+        return metrics.registry.get_sample_value("sidrec_engine_prompt_tokens_total", {"from": source}) or 0.0
+
+    history = [11, 140, 17, 90, 31, 77, 4, 60]
+    one, more = request(bundle, history[:-1]), request(bundle, history)
+    engine = LocalEngine(bundle, LocalEngineConfig(prompt_cache_mb=prompt_cache_mb), metrics)
+    await engine.start()
+    try:
+        num_one, num_more = len(one.prompt), len(more.prompt)
+        assert await tokens(one) == (0, num_one)
+        if prompt_cache_mb == 0:
+            assert await tokens(one, more) == (0, num_one + num_more)
+            return
+        assert await tokens(one) == (num_one, 0)
+        assert await tokens(more) == (num_one, num_more - num_one)
+        await killed_and_made_anew(engine)
+        assert await tokens(more) == (0, num_more), "kept in the process that died"
+    finally:
+        await engine.stop()
+
+
 async def test_a_crowd_shares_batches_of_at_most_the_maximum(bundle: Bundle):
     metrics = Metrics()
     engine = LocalEngine(bundle, LocalEngineConfig(max_batch=8), metrics)
