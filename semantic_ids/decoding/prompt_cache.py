@@ -77,11 +77,14 @@ class PromptCache:
         return None
 
     def put(self, prompt: KeptPrompt) -> None:
-        """Keep a prompt; one that it goes on from goes, as its user has moved on."""
+        """Keep a prompt, unless a longer one begins with it; one that it begins with goes: its user has moved on."""
         digests = [*_beginnings(prompt.token_ids)]
-        for before in {kept for digest in digests if (kept := self._by_beginning.get(digest)) is not None}:
-            if before.num_common(prompt.token_ids) == len(before.token_ids):
-                self._drop(before)
+        for other in {kept for digest in digests if (kept := self._by_beginning.get(digest)) is not None}:
+            num_common = other.num_common(prompt.token_ids)
+            if num_common == len(other.token_ids):
+                self._drop(other)
+            elif num_common == len(prompt.token_ids):
+                return
         self._by_beginning.update(dict.fromkeys(digests, prompt))
         self._prompts[id(prompt)] = prompt
         self.num_bytes += prompt.num_bytes

@@ -15,7 +15,7 @@ Some tokens may be *fed back*: their input is their row plus what the model made
 goes on from its own output (S²GR's continuous steps, `PromptRenderer.fed_back`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
@@ -29,6 +29,9 @@ from semantic_ids.decoding.prompt_cache import KeptPrompt, Known, PromptCache
 
 if TYPE_CHECKING:  # transformers takes seconds to load, and what only names these types needs none of it
     from transformers import DynamicCache, PreTrainedModel
+
+
+_MOST_FILLED = 4  # a row that is run for 4 new tokens, beside one with 300, would be run for 300
 
 
 @dataclass(frozen=True)
@@ -185,14 +188,13 @@ class TreeDecoder:
         """Each prompt as the model leaves it, and how many tokens of them were known; all are kept."""
         known = [prompt_cache.find(prompt) for prompt in prompts]
         kept: list[KeptPrompt | None] = [one.kept if one is not None and one.is_same else None for one in known]
-        # Those of which nothing is known are a batch of their own, whose mask is the plain causal one.
-        for of_new in (True, False):
-            rows = [row for row, one in enumerate(known) if kept[row] is None and (one is None) == of_new]
-            if rows:
-                made = self._kept_after([prompts[row] for row in rows], [known[row] for row in rows])
-                for row, one in zip(rows, made, strict=True):
-                    kept[row] = one
-                    prompt_cache.put(one)
+        rest = {row: len(prompts[row]) - one.num_tokens for row, one in enumerate(known) if one and not one.is_same}
+        new = [row for row, one in enumerate(known) if one is None]  # together: their mask is the plain causal one
+        for rows in [*_of_like_length(rest), *([new] if new else [])]:
+            made = self._kept_after([prompts[row] for row in rows], [known[row] for row in rows])
+            for row, one in zip(rows, made, strict=True):
+                kept[row] = one
+                prompt_cache.put(one)
         return [one for one in kept if one is not None], sum(one.num_tokens for one in known if one is not None)
 
     def _kept_after(self, prompts: Sequence[TokenIds], known: Sequence[Known | None]) -> list[KeptPrompt]:
@@ -292,6 +294,17 @@ class TreeDecoder:
     def token_logits(self, hidden: Tensor) -> Tensor:
         """The logits of every token, for free text, (M, D) → (M, V)."""
         return functional.linear(hidden, *_head(self.model, slice(self.vocabulary.vocab_size)))
+
+
+def _of_like_length(lengths: Mapping[int, int]) -> list[list[int]]:
+    """Rows in groups, so that none is filled up to more than `_MOST_FILLED` times its length."""
+    groups: list[list[int]] = []
+    for row in sorted(lengths, key=lengths.__getitem__):
+        if groups and lengths[row] <= _MOST_FILLED * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _has_like_layers(model: "PreTrainedModel") -> bool:

@@ -98,9 +98,12 @@ def test_only_what_is_not_known_is_run():
     assert prefilled(one) == ([40], 0)
     assert prefilled(one) == ([], 40), "the same prompt"
     longer = np.append(one, tokens(4, seed=3))
-    assert prefilled(longer, other) == ([30, 4], 40), "four tokens more, and a new one"
+    assert prefilled(longer, other) == ([4, 30], 40), "four tokens more, and a new one"
     assert prefilled(one) == ([1], 39), "the beginning of one: the output at its end is wanted"
     assert prefilled(longer, other, np.append(other[:20], 63)) == ([1], 44 + 30 + 20), "blocks, and what follows them"
+    more, most = np.append(longer, tokens(4, seed=5)), np.append(other[:16], tokens(17, seed=6))
+    assert prefilled(more, most) == ([4, 17], 44 + 16), "few new tokens are not filled up to many"
+    assert prefilled(np.append(more, 1), np.append(most, tokens(3, seed=7))) == ([2 * 3], 48 + 33), "one to three are"
     assert prefilled(tokens(10, seed=4)) == ([10], 0)
     assert prefilled(tokens(10, seed=4)) == ([], 10), "a short one, as a whole"
     assert prefilled(tokens(11, seed=4)) == ([11], 0), "of less than a block nothing else is found"
@@ -125,8 +128,10 @@ def test_a_prompt_that_goes_on_takes_the_place_of_the_one_before():
     cache.put(kept(np.append(first, tokens(4, seed=1))))
     assert len(cache) == 1
     cache.put(kept(first[:20]))
-    assert len(cache) == 2, "a shorter one is another user's, or another day's"
-    cache.put(kept(first[:20]))
+    assert len(cache) == 1, "a longer one begins with it"
+    cache.put(kept(np.append(first, tokens(4, seed=2))))
+    assert len(cache) == 2, "another that goes on from there"
+    cache.put(kept(np.append(first, tokens(4, seed=2))))
     assert len(cache) == 2, "the same one twice"
 
 
