@@ -1,5 +1,6 @@
 """The beam, the scorer and the mask against exhaustive scoring with plain forward passes."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -471,7 +472,8 @@ def test_a_model_of_another_vocabulary_is_refused():
 
 
 def test_a_model_whose_attention_would_misread_the_mask_is_refused():
-    model = AutoModelForCausalLM.from_config(tiny_model().config, attn_implementation="eager")
+    config = copy.deepcopy(tiny_model().config)  # else it is every test's
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with pytest.raises(ValueError, match=r"needs attention implementation 'sdpa'.* 'eager'"):
         TreeDecoder(model, vocabulary(SPACE))
 

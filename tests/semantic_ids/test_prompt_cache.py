@@ -19,7 +19,8 @@ from tests.semantic_ids.factories import SPACE, VOCAB_SIZE, random_catalog, tiny
 Prompt = npt.NDArray[np.int64]
 
 PLENTY = 1 << 30
-ATOL = 1e-5
+ATOL = 3e-5  # rounding in scores of up to 4, with steps fed back; as `test_decoding` has it for those
+CLEAR = 1e-4
 
 
 def tokens(num: int, seed: int = 0) -> Prompt:
@@ -65,7 +66,7 @@ def test_who_comes_back_is_answered_as_if_nothing_were_kept(
     catalog = random_catalog()
     keeping, cache = decoder_with(max_bytes, architecture, fed_back)
     plain = TreeDecoder(tiny_model(architecture), vocabulary(SPACE), fed_back=fed_back)
-    num_known = num_tokens = 0
+    num_known = num_tokens = num_clear = num_answers = 0
     for prompts in visits(np.random.default_rng(0), 40):
         filters, widths = [ItemFilter.of(len(catalog))] * len(prompts), [10] * len(prompts)
         state = keeping.prefill(prompts)
@@ -74,20 +75,26 @@ def test_who_comes_back_is_answered_as_if_nothing_were_kept(
         expected = constrained_beam(plain, catalog.trie, plain.prefill(prompts), filters, widths, forced=forced)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one.scores, other.scores, atol=ATOL)
-            assert one.ranks.tolist() == other.ranks.tolist()
+            gaps = -np.diff(other.scores, prepend=np.inf, append=-np.inf) > CLEAR
+            is_clear = gaps[:-1] & gaps[1:]  # the order of items whose scores are nearly equal is rounding's
+            is_clear[-1] = False  # as who is the last of them
+            num_clear += int(is_clear.sum())
+            assert one.ranks[is_clear].tolist() == other.ranks[is_clear].tolist()
+        num_answers += len(prompts)
         assert cache.num_bytes <= max_bytes
+    assert num_clear > 8 * num_answers
     if max_bytes == PLENTY:
         assert num_known > num_tokens / 2
     elif max_bytes == 0:
         assert num_known == 0
 
 
-def test_only_what_is_not_known_is_run():
+def test_only_what_is_not_known_is_run(request: pytest.FixtureRequest):
     decoder, _ = decoder_with(PLENTY)
     run: list[int] = []
-    decoder.model.get_input_embeddings().register_forward_pre_hook(
-        lambda _module, inputs: run.append(inputs[0].numel())
-    )
+    embeddings = decoder.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _module, inputs: run.append(inputs[0].numel()))
+    request.addfinalizer(hook.remove)  # the model is every test's
     one, other = tokens(40, seed=1), tokens(30, seed=2)
 
     def prefilled(*prompts: Prompt) -> tuple[list[int], int]:
