@@ -33,9 +33,14 @@ class BoundedHttp(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
+        """Nothing is awaited any more, and nothing of the last request is held: it holds this connection.
+
+        As a cycle the two would wait for a collection, a kilobyte or more of each connection (`service.memory`).
+        """
         self._have_head()
         super().connection_lost(exc)
+        self.cycle = None  # type: ignore[assignment]
+        self.pipeline.clear()
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -100,7 +105,11 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 class _HeadWithBody:
-    """What one response is written to: its head is kept until the first bytes of its body come, or it ends without."""
+    """What one response is written to: its head is kept until the first bytes of its body come, or it ends without.
+
+    Nobody reads what is written to a connection that has ended; uvloop takes it for an error. Of requests that came
+    together uvicorn tells only the last that its client is gone.
+    """
 
     def __init__(self, transport: asyncio.Transport, on_response: Callable[[], None]) -> None:
         self._transport = transport
@@ -111,7 +120,7 @@ class _HeadWithBody:
         """The head first, once the client has been told to go on if it waits for that."""
         if self._head is None and not data.startswith(_CONTINUE):
             self._head = data
-        else:
+        elif not self._transport.is_closing():
             self._transport.write(self._with_head(data))
 
     def is_closing(self) -> bool:
@@ -129,7 +138,7 @@ class _HeadWithBody:
         self._on_response()
 
     def _flush(self) -> None:
-        if head := self._with_head(b""):
+        if (head := self._with_head(b"")) and not self._transport.is_closing():
             self._transport.write(head)
 
     def _with_head(self, data: bytes) -> bytes:

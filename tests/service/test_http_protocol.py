@@ -1,12 +1,15 @@
 """`service.http_protocol` on uvicorn's own protocol: what is written to a connection, and in how many pieces."""
 
 import asyncio
+import gc
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.server import ServerState
@@ -26,7 +29,6 @@ class Wire(asyncio.Transport):
         self.is_closed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        assert not self.is_closed
         self.pieces.append(bytes(data))
 
     def is_closing(self) -> bool:
@@ -43,7 +45,8 @@ class Wire(asyncio.Transport):
 
 
 async def two(request: Request) -> Response:
-    assert await request.body() in (b"", b"hi")
+    with suppress(ClientDisconnect):
+        assert await request.body() in (b"", b"hi")
     return PlainTextResponse("ok")
 
 
@@ -69,8 +72,7 @@ async def broken(_request: Request) -> Response:
     return Broken("ok")
 
 
-@pytest.fixture
-async def connection() -> tuple[BoundedHttp, Wire]:
+def connect() -> tuple[BoundedHttp, Wire]:
     """A connection to an application, and its wire."""
     routes = [Route("/two", two, methods=["GET", "POST"])]
     routes += [Route(f"/{one.__name__}", one) for one in (stream, nothing, broken)]
@@ -81,6 +83,11 @@ async def connection() -> tuple[BoundedHttp, Wire]:
     protocol, wire = BoundedHttp(config=config, server_state=ServerState(), app_state={}), Wire()
     protocol.connection_made(wire)
     return protocol, wire
+
+
+@pytest.fixture
+async def connection() -> tuple[BoundedHttp, Wire]:
+    return connect()
 
 
 async def written(connection: tuple[BoundedHttp, Wire], request: bytes) -> list[bytes]:
@@ -149,3 +156,43 @@ async def test_what_breaks_off_has_sent_its_head(connection: tuple[BoundedHttp, 
     assert piece.startswith(b"HTTP/1.1 200 OK\r\n")
     assert LENGTH in piece
     assert connection[1].is_closed
+
+
+@pytest.mark.parametrize("path", ["/two", "/stream", "/nothing", "/broken"])
+async def test_who_leaves_with_answers_to_come_is_written_nothing_more(connection: tuple[BoundedHttp, Wire], path: str):
+    protocol, wire = connection
+    protocol.data_received(asked(path) + asked("/two"))
+    lose(protocol, wire)
+    await until(lambda: not protocol.tasks)
+    assert wire.pieces == []
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [asked("/two"), asked("/two") + asked("/nothing"), asked("/two", "POST", "content-length: 2\r\n"), b"no HTTP", b""],
+    ids=["one", "two together", "one without its body", "no HTTP", "none"],
+)
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_connection_that_ended_waits_for_no_collection(requests: bytes, waits: bool):
+    gc.collect()
+    gc.disable()
+    try:
+        protocol, wire = connect()
+        if requests:
+            protocol.data_received(requests)
+        if waits:
+            await asyncio.sleep(0.05)
+        lose(protocol, wire)
+        await until(lambda: not protocol.tasks)
+        ended = weakref.ref(protocol)
+        del protocol, wire
+        await asyncio.sleep(0)
+        assert ended() is None
+    finally:
+        gc.enable()
+
+
+def lose(protocol: BoundedHttp, wire: Wire) -> None:
+    """The client is gone."""
+    wire.is_closed = True
+    protocol.connection_lost(None)
