@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.benchmarks.against import Results, run_against
 from tests.benchmarks.load import Load, Measured, Response, poisson_arrivals, post
 from tests.benchmarks.report import report
-from tests.benchmarks.serving import Results, run_against
 from tests.benchmarks.small_bundle import user_id
 
 NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10

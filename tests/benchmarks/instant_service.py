@@ -1,7 +1,6 @@
 """The real application round an engine that answers at once: the server of `bench-http`, in a process of its own.
 
-`python -m tests.benchmarks.instant_service FOLDER` serves FOLDER/bundles and FOLDER/redis under uvicorn as
-`sidrec-serve run` does, on a free port, which it writes to stdout once it is ready.
+`python -m tests.benchmarks.instant_service FOLDER`, as `tests.benchmarks.serving` with another engine.
 """
 
 import itertools
@@ -50,10 +49,5 @@ class InstantEngine:
         """Nothing to free."""
 
 
-def main() -> None:
-    """Serve until SIGTERM or Ctrl-C."""
-    serve(partial(create_app, engine_factory=InstantEngine), Path(sys.argv[1]))
-
-
 if __name__ == "__main__":
-    main()
+    serve(partial(create_app, engine_factory=InstantEngine), Path(sys.argv[1]))

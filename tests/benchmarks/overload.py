@@ -27,11 +27,9 @@ SECONDS=2 shortens every phase, to see that it runs; its numbers mean little.
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -40,10 +38,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 
-from service.app import create_app
+from tests.benchmarks.against import Results, run_against
 from tests.benchmarks.load import Connection, Load, Measured, Response, poisson_arrivals, post
 from tests.benchmarks.report import report
-from tests.benchmarks.serving import Results, run_against, serve
 from tests.benchmarks.small_bundle import user_id
 
 NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10
@@ -218,12 +215,9 @@ def percentile_ms(latencies: list[float], percent: float) -> float:
 
 
 def main() -> None:
-    """The table; with a folder, the server that it is measured on."""
-    if len(sys.argv) > 1:
-        serve(create_app, Path(sys.argv[1]))
-        return
+    """The table."""
     results = run_against(
-        "tests.benchmarks.overload",
+        "tests.benchmarks.serving",
         measure,
         num_items=NUM_ITEMS,
         num_users=NUM_USERS,
