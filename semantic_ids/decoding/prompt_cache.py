@@ -77,7 +77,12 @@ class PromptCache:
         return None
 
     def put(self, prompt: KeptPrompt) -> None:
-        """Keep a prompt, unless a longer one begins with it; one that it begins with goes: its user has moved on."""
+        """Keep a prompt, unless a longer one begins with it, or all the room is too little for it.
+
+        One that it begins with goes: its user has moved on.
+        """
+        if prompt.num_bytes > self._max_bytes:
+            return
         digests = [*_beginnings(prompt.token_ids)]
         for other in {kept for digest in digests if (kept := self._by_beginning.get(digest)) is not None}:
             num_common = other.num_common(prompt.token_ids)

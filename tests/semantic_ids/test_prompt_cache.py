@@ -154,8 +154,12 @@ def test_what_was_used_longest_ago_goes_first():
     assert cache.find(three) is not None
     assert len(cache) == 2
     assert cache.num_bytes == 2 * kept(one).num_bytes
-    cache.put(kept(tokens(300, seed=4)))
-    assert (len(cache), cache.num_bytes, cache._by_beginning) == (0, 0, {}), "one that is too large leaves no room"
+    cache.put(kept(np.concatenate([one, tokens(300, seed=4)])))
+    assert cache.num_bytes == 2 * kept(one).num_bytes, "what is too large for all the room takes no other's"
+    cache.put(kept(four := tokens(40, seed=5)))
+    assert cache.find(four) is not None
+    assert (len(cache), cache.num_bytes) == (1, kept(four).num_bytes)
+    assert {id(one) for one in cache._by_beginning.values()} == {*cache._prompts}
 
 
 def test_digests_that_collide_change_no_answer(monkeypatch: pytest.MonkeyPatch):

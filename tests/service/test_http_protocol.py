@@ -183,7 +183,8 @@ async def test_a_connection_that_ended_waits_for_no_collection(requests: bytes, 
         if waits:
             await asyncio.sleep(0.05)
         lose(protocol, wire)
-        await until(lambda: not protocol.tasks)
+        tasks = protocol.tasks
+        await until(lambda: not tasks)
         ended = weakref.ref(protocol)
         del protocol, wire
         await asyncio.sleep(0)
