@@ -75,7 +75,7 @@ bench-http: ## HTTP latency, saturation and memory with an engine that answers a
 	@scripts/bootstrap.sh dev
 	@$(BIN)/python -m tests.benchmarks.http
 
-bench-overload: ## latency and shedding at 80 % and 200 % of saturation, with the local engine (about 4 minutes; ROUNDS=7 SECONDS=10)
+bench-overload: ## latency and shedding at 80 % and 200 % of saturation, with the local engine (about 8 minutes; ROUNDS=15 SECONDS=10)
 	@scripts/bootstrap.sh dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.overload
 

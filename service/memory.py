@@ -16,8 +16,8 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 _THRESHOLDS = (30_000, 50, 20)
 """When Python looks for cycles by itself: after so many new objects, so many times that, and so on. What requests under
 way hold is new, some 170 objects each. So with 10,000 it looked whenever sixty came together, in up to 23 ms for which
-all of them waited, and found nothing; with Python's own 700, 10 and 10 it took a tenth of the time under load. Refused
-requests do leave cycles: with 100,000 a stream of hostile ones kept 5 MB."""
+all of them waited, and found nothing; with Python's own 700, 10 and 10 it took a tenth of the time under load. So many
+may wait in cycles, too; a connection that ended left 24 before `BoundedHttp.connection_lost` let its request go."""
 _WORTH_A_LOOK = 100  # new objects
 
 

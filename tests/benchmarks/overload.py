@@ -45,7 +45,7 @@ from tests.benchmarks.small_bundle import user_id
 
 NUM_ITEMS, NUM_USERS, ANSWER_ITEMS = 5_000, 2_000, 10
 DEADLINE_MS = 1_000
-ROUNDS, SECONDS = int(os.environ.get("ROUNDS", "7")), float(os.environ.get("SECONDS", "10"))
+ROUNDS, SECONDS = int(os.environ.get("ROUNDS", "15")), float(os.environ.get("SECONDS", "10"))
 SEARCH_S, CONNECTIONS = max(1.0, SECONDS / 5), 384  # the service has at most 256 in flight, and says no at once
 CONCURRENCIES, BEYOND = (32, 64), 1.05
 STEADY_SHARES = 0.75, 0.85

@@ -433,6 +433,14 @@ def test_a_caller_who_leaves_in_the_middle_of_a_body_is_forgotten(served: Served
     assert answers(served)
 
 
+def test_a_caller_who_asks_for_much_in_one_go_and_leaves_is_forgotten(served: Served):
+    """As is every answer on its way to nobody: none is an error in the log, which the last test reads."""
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+            connection.sendall(request("POST", "/recommend", b'{"user_id": "leaves", "num_items": 3}') * 5)
+    assert answers(served)
+
+
 def test_users_that_look_alike_are_different_users(served: Served):
     for number, user_id in enumerate(("é", "e\u0301", "\u00c5", "\u212b", "ﬁ", "fi", "\u0430", "a", "a\u200b", "A")):
         event = {"event_id": f"alike-{number}", "user_id": user_id, "item_id": ITEM_IDS[number], "event_type": "click"}
