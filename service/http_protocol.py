@@ -120,8 +120,8 @@ class _HeadWithBody:
         """The head first, once the client has been told to go on if it waits for that."""
         if self._head is None and not data.startswith(_CONTINUE):
             self._head = data
-        elif not self._transport.is_closing():
-            self._transport.write(self._with_head(data))
+        else:
+            self._send(data)
 
     def is_closing(self) -> bool:
         """Whether the connection is."""
@@ -138,14 +138,14 @@ class _HeadWithBody:
         self._on_response()
 
     def _flush(self) -> None:
-        if (head := self._with_head(b"")) and not self._transport.is_closing():
-            self._transport.write(head)
+        if self._head:
+            self._send(b"")
 
-    def _with_head(self, data: bytes) -> bytes:
-        if not self._head:
-            return data
-        head, self._head = self._head, b""
-        return head + data
+    def _send(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 def _problem(status: int, kind: str, detail: str) -> bytes:

@@ -30,6 +30,7 @@ class Wire(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.pieces.append(bytes(data))
+        assert not self.is_closed
 
     def is_closing(self) -> bool:
         return self.is_closed
